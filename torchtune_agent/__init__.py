@@ -1,0 +1,31 @@
+"""torchtune_agent: fine-tune open language models into agents with `tune run`.
+
+The names below are the public API. They load on first use, so that importing the package
+(which torch's backend autoload does in every process) costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AgentSFTDataset": "torchtune_agent.data",
+    "AgentSFTTransform": "torchtune_agent.data",
+    "TokenClass": "torchtune_agent.data",
+    "DetailedMetricsTracker": "torchtune_agent.metrics",
+    "ToolWorld": "torchtune_agent.toolworld",
+    "Trainer": "torchtune_agent.training",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'torchtune_agent' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,112 @@
+"""Samples to a Batch: padding or packing, and the one place where labels are shifted.
+
+Class and call travel with the label they describe: entry t of every [batch, sequence] tensor speaks of the
+token predicted *at* t, that is, of token t + 1. The last position of every conversation predicts nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchtune_agent.data.dataset import IGNORE_INDEX
+from torchtune_agent.data.token_class import TokenClass
+
+
+@dataclass
+class Batch:
+    """One micro-batch. Counts and indices are made on the host, so that a step need not ask the device."""
+
+    tokens: torch.Tensor  # int64 [batch, sequence]
+    labels: torch.Tensor  # int64 [batch, sequence], already shifted, IGNORE_INDEX where nothing is trained
+    token_class: torch.Tensor  # uint8 [batch, sequence], class of the label
+    call_index: torch.Tensor  # int32 [batch, sequence], call of the label, unique within the batch, -1: none
+    supervised: torch.Tensor  # int64 [num_supervised], flat positions with a label
+    num_tokens: int  # without padding
+    num_supervised: int
+    num_samples: int
+    input_pos: torch.Tensor | None = None  # int64 [batch, sequence], where packed
+    seq_lens: list[torch.Tensor] | None = None  # lengths of the documents in every row, where packed
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns rows into a Batch. A row is a list of samples: one, or those that share a packed sequence.
+
+    `special_ids` are left out of the metrics of samples that come without token classes.
+    """
+
+    pad_id: int
+    pack_to: int | None = None
+    special_ids: frozenset[int] = frozenset()
+
+    def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
+        """`rows` may be empty: then the batch is one padding token that trains nothing, for a rank that has run
+        out of samples but must still take part in the step's communication."""
+        lengths = [sum(len(sample["tokens"]) for sample in row) for row in rows]
+        width = self.pack_to or max(lengths, default=1)
+        shape = (max(1, len(rows)), width)
+        tokens = np.full(shape, self.pad_id, np.int64)
+        labels = np.full(shape, IGNORE_INDEX, np.int64)
+        classes = np.zeros(shape, np.uint8)
+        calls = np.full(shape, -1, np.int32)
+        positions = np.zeros(shape, np.int64)
+        next_call = 0
+        for r, row in enumerate(rows):
+            at = 0
+            for sample in row:
+                size = len(sample["tokens"])
+                tokens[r, at : at + size] = sample["tokens"]
+                positions[r, at : at + size] = np.arange(size)
+                shifted = slice(at, at + size - 1)
+                labels[r, shifted] = np.asarray(sample["labels"])[1:]
+                classes[r, shifted] = self._classes(sample)[1:]
+                next_call = _place_calls(calls[r, shifted], sample, next_call)
+                at += size
+        flat = torch.from_numpy(labels).flatten()
+        supervised = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            labels=torch.from_numpy(labels),
+            token_class=torch.from_numpy(classes),
+            call_index=torch.from_numpy(calls),
+            supervised=supervised,
+            num_tokens=sum(lengths),
+            num_supervised=len(supervised),
+            num_samples=sum(len(row) for row in rows),
+            input_pos=torch.from_numpy(positions) if self.pack_to else None,
+            seq_lens=[_seq_lens(row, width) for row in rows or [[]]] if self.pack_to else None,
+        )
+
+    def _classes(self, sample: Mapping[str, Any]) -> np.ndarray:
+        if "token_class" in sample:
+            return np.asarray(sample["token_class"])
+        labels = np.asarray(sample["labels"])
+        classes = np.where(labels == IGNORE_INDEX, TokenClass.IGNORED, TokenClass.REASONING)
+        return np.where(np.isin(labels, list(self.special_ids)), TokenClass.SPECIAL, classes)
+
+
+def _place_calls(out: np.ndarray, sample: Mapping[str, Any], next_call: int) -> int:
+    """Write a sample's call numbers, renumbered from `next_call`; returns the next free number."""
+    if "call_index" not in sample:
+        return next_call
+    own = np.asarray(sample["call_index"])
+    out[:] = np.where(own[1:] < 0, -1, own[1:] + next_call)
+    return next_call + int(own.max(initial=-1)) + 1
+
+
+def _seq_lens(row: Sequence[Mapping[str, Any]], width: int) -> torch.Tensor:
+    """Document lengths that fill the row; the padding is a document of its own."""
+    lengths = [len(sample["tokens"]) for sample in row]
+    rest = width - sum(lengths)
+    return torch.tensor(lengths + [rest] if rest else lengths)

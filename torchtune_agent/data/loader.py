@@ -1,0 +1,96 @@
+"""The data seam's first implementation: samples in a seeded global order, cut into optimizer steps.
+
+The order belongs to the run, not to the ranks: step k trains the same samples on any number of ranks.
+Nothing is dropped and nothing repeated; the last step of an epoch is simply smaller.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from torchtune_agent.data.collate import Batch, Collator
+from torchtune_agent.data.packing import pack
+
+
+class BatchSource(Protocol):
+    """What a recipe plugs into the Trainer as data."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def epoch(self, number: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches, one list per optimizer step; every rank's lists have equal lengths."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How rows become steps: `batch_size` rows per rank and micro-batch, `accumulation` micro-batches per step."""
+
+    batch_size: int
+    accumulation: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.dp_size
+
+    def num_steps(self, num_rows: int) -> int:
+        return -(-num_rows // self.rows_per_step)
+
+    def step(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """This rank's share of one step's rows, one entry per micro-batch (empty where it has none)."""
+        per_micro_batch = self.batch_size * self.dp_size
+        micro_batches = [rows[i : i + per_micro_batch] for i in range(0, len(rows), per_micro_batch)]
+        return [m[self.dp_rank * self.batch_size : (self.dp_rank + 1) * self.batch_size] for m in micro_batches]
+
+
+class SampleLoader:
+    """Samples of a map-style dataset, shuffled, packed where asked, and collated."""
+
+    def __init__(
+        self,
+        dataset: Sequence[Mapping[str, Any]],
+        collator: Collator,
+        plan: StepPlan,
+        *,
+        shuffle: bool,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._collator = collator
+        self._plan = plan
+        self._shuffle = shuffle
+        self._seed = seed
+        if collator.pack_to is not None:
+            lengths = lengths if lengths is not None else [len(dataset[i]["tokens"]) for i in range(len(dataset))]
+            self._rows = pack(lengths, collator.pack_to)
+        else:
+            self._rows = [[i] for i in range(len(dataset))]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._plan.num_steps(len(self._rows))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Row numbers in the order the epoch trains them, the same on every rank."""
+        if not self._shuffle:
+            return np.arange(len(self._rows))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+
+    def epoch(self, number: int) -> Iterator[list[Batch]]:
+        order = self.order(number)
+        for start in range(0, len(order), self._plan.rows_per_step):
+            step = order[start : start + self._plan.rows_per_step].tolist()
+            yield [self._collate(rows) for rows in self._plan.step(step)]
+
+    def _collate(self, rows: Sequence[int]) -> Batch:
+        return self._collator([[self._dataset[i] for i in self._rows[row]] for row in rows])

@@ -1,0 +1,118 @@
+"""The bytes every token stands for, for every tokenizer torchtune ships and for ours.
+
+Decoding tokens one by one breaks multibyte text: a token may hold half a character. Bytes never lie, so
+tagging works on them, and this module is where they come from.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torchtune.models.gemma import GemmaTokenizer
+from torchtune.models.llama2 import Llama2Tokenizer
+from torchtune.models.llama3 import Llama3Tokenizer
+from torchtune.models.mistral import MistralTokenizer
+from torchtune.models.phi3 import Phi3MiniTokenizer
+from torchtune.models.phi4._tokenizer import Phi4Tokenizer
+from torchtune.models.qwen2 import Qwen2Tokenizer
+
+from torchtune_agent.data.templates import ChatTemplateTokenizer
+from torchtune_agent.errors import UserError
+
+_PLACEHOLDER = b"\xff"  # for ids without text of their own; never part of UTF-8 text
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer's ids stand for. `text_of(id)` is never empty."""
+
+    text_of: Callable[[int], bytes]
+    special_ids: frozenset[int]
+
+    def spell(self, tokens: Sequence[int]) -> tuple[bytes, np.ndarray]:
+        """The bytes of `tokens` joined, and where each begins (with one more entry: the end)."""
+        pieces = [self.text_of(token) for token in tokens]
+        starts = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum([len(piece) for piece in pieces], out=starts[1:])
+        return b"".join(pieces), starts
+
+
+def vocabulary(tokenizer: Any) -> Vocabulary:
+    """The vocabulary of a torchtune tokenizer."""
+    for kind, read in _READERS.items():
+        if isinstance(tokenizer, kind):
+            text_of, special_ids = read(tokenizer)
+            return Vocabulary(_never_empty(text_of), frozenset(special_ids))
+    raise UserError(
+        f"tokenizer: token classes need to know the bytes of every token, and {type(tokenizer).__name__} is not among "
+        f"the tokenizers this version can read ({', '.join(kind.__name__ for kind in _READERS)}). "
+        "Set enable_token_classification=False to train without token classes."
+    )
+
+
+def _never_empty(text_of: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    return lru_cache(maxsize=None)(lambda token: text_of(token) or _PLACEHOLDER)
+
+
+def _qwen(tokenizer: Qwen2Tokenizer) -> tuple[Callable[[int], bytes], set[int]]:
+    special = {i: text.encode() for text, i in tokenizer.special_tokens.items()}
+
+    def text_of(token: int) -> bytes:
+        if token in special:
+            return special[token]
+        return bytes(tokenizer.byte_decoder[c] for c in tokenizer.decoder.get(token, ""))
+
+    return text_of, set(special)
+
+
+def _llama3(tokenizer: Llama3Tokenizer) -> tuple[Callable[[int], bytes], set[int]]:
+    encoding = tokenizer.tt_model.tt_model
+    return encoding.decode_single_token_bytes, set(tokenizer.special_tokens.values())
+
+
+def _sentencepiece(
+    tokenizer: Any, special_tokens: Mapping[str, int] | None = None
+) -> tuple[Callable[[int], bytes], set[int]]:
+    model = tokenizer._spm_model.spm_model
+    named = {i: text.encode() for text, i in (special_tokens or {}).items()}
+    control = {i for i in range(model.vocab_size()) if model.is_control(i)} | set(named)
+
+    def text_of(token: int) -> bytes:
+        if token in named or token >= model.vocab_size():
+            return named.get(token, _PLACEHOLDER)
+        piece = model.id_to_piece(token)
+        if model.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    return text_of, control
+
+
+def _phi4(tokenizer: Phi4Tokenizer) -> tuple[Callable[[int], bytes], set[int]]:
+    base = tokenizer.tokenizer_model
+    special = {i: text.encode() for text, i in tokenizer.special_tokens.items()}
+
+    def text_of(token: int) -> bytes:
+        if token in special:
+            return special[token]
+        return bytes(base.byte_decoder[c] for c in base.decoder.get(token, ""))
+
+    return text_of, set(special)
+
+
+def _chat_template(tokenizer: ChatTemplateTokenizer) -> tuple[Callable[[int], bytes], set[int]]:
+    return tokenizer.token_bytes, set(tokenizer.special_tokens.values())
+
+
+_READERS: dict[type, Callable[[Any], tuple[Callable[[int], bytes], set[int]]]] = {
+    ChatTemplateTokenizer: _chat_template,
+    Qwen2Tokenizer: _qwen,
+    Llama3Tokenizer: _llama3,
+    Llama2Tokenizer: _sentencepiece,
+    MistralTokenizer: _sentencepiece,
+    GemmaTokenizer: _sentencepiece,
+    Phi3MiniTokenizer: lambda tokenizer: _sentencepiece(tokenizer, tokenizer.special_tokens),
+    Phi4Tokenizer: _phi4,
+}

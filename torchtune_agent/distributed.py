@@ -1,0 +1,120 @@
+"""The only module that calls collectives.
+
+Everything else asks the World: who am I, what is the sum over all data-parallel ranks, did every rank
+come this far. One process without torchrun is a world of one.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from torchtune_agent.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: ranks along data (dp) and tensor (tp) parallelism, and the device it drives."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dp_size(self) -> int:
+        return self.mesh["dp"].size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.mesh["dp"].get_local_rank()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over data-parallel ranks, in place; lives on `tensor`'s device."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.mesh["dp"].get_group())
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[tuple[int, int]]:
+    """The default process group for `device`: NCCL for CUDA tensors, gloo for CPU ones; yields (rank, size)."""
+    on_cuda = device.startswith("cuda") and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their norm together is at most `max_norm`; returns the norm they had.
+
+    torch's own `clip_grad_norm_` takes no parameters on different meshes, which tensor parallelism makes.
+    """
+    by_mesh: dict[Any, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for group in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def make_mesh(device_type: str, dp: int, tp: int) -> DeviceMesh:
+    return init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))
+
+
+def own_group() -> dist.ProcessGroup:
+    """A second group of all ranks, on the host, for work beside the training collectives."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; where it fails on one with a UserError, raise the first such error on all.
+
+    `work` must not call collectives itself: a rank that failed would not take part in them.
+    """
+    result: T | None = None
+    mistake: str | None = None
+    try:
+        result = work()
+    except UserError as error:
+        mistake = str(error)
+    mistakes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(mistakes, mistake)
+    first = next((m for m in mistakes if m is not None), None)
+    if first is not None:
+        raise UserError(first)
+    return result  # type: ignore[return-value]

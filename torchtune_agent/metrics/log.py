@@ -1,0 +1,93 @@
+"""Where numbers go: a JSON Lines file that is always written, and the user's metric logger beside it.
+
+Only rank 0 has a RunLog. The user's logger is a guest: when it raises it is reported once and left alone.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune.training.metric_logging import MetricLoggerInterface
+
+from torchtune_agent.config import redacted, resolved
+from torchtune_agent.errors import UserError
+
+T = TypeVar("T")
+
+
+class RunLog:
+    """Writes `metrics.jsonl` and `config.yaml` under `folder`, and passes every row on to the logger.
+
+    The rows of an earlier run in the same folder are kept under another name, unless this one continues it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: DictConfig,
+        make_logger: Callable[[], MetricLoggerInterface] | None = None,
+        *,
+        continues: bool = False,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists() and not continues:
+            earlier = len(list(folder.glob("metrics.earlier-*.jsonl")))
+            self.path.rename(folder / f"metrics.earlier-{earlier + 1}.jsonl")
+        self.config_path = folder / "config.yaml"
+        self._file = self.path.open("a", encoding="utf-8")
+        safe = OmegaConf.create(redacted(resolved(cfg)))
+        OmegaConf.save(safe, self.config_path)
+        self._logger: MetricLoggerInterface | None = None
+        if make_logger is not None:
+            self._logger = self._guarded("metric_logger", make_logger)
+            self._call_logger("log_config", safe)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        row = {"step": step, "time": round(time.time(), 3)} | {k: _json_number(v) for k, v in metrics.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._call_logger("log_dict", metrics, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._call_logger("close")
+
+    def _call_logger(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self._logger is not None:
+            name = f"{type(self._logger).__name__}.{method}"
+            self._guarded(name, partial(getattr(self._logger, method), *args, **kwargs))
+
+    def _guarded(self, name: str, call: Callable[[], T]) -> T | None:
+        """Run a piece of the user's logger. A mistake in its config is the user's to mend; anything else is reported
+        and ends the logger, not the run."""
+        try:
+            return call()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a logging service throws must not end a training run
+            print(
+                f"warning: {name} raised {type(error).__name__}: {redacted(str(error))}\n"
+                f"         It gets no more rows in this run; everything is in {self.path}.",
+                file=sys.stderr,
+            )
+            self._logger = None
+            return None
+
+
+def _json_number(value: float) -> float | str:
+    """JSON has no NaN or infinity; say so in words instead of losing them."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, numbers as numbers."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{k: float(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]

@@ -1,0 +1,96 @@
+"""DetailedMetricsTracker: from sums per class to the metric names users watch."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from torchtune_agent.data.token_class import GROUPS
+from torchtune_agent.errors import UserError
+from torchtune_agent.metrics.table import COLUMNS, TOP_K, add_tokens, empty_table
+
+MAX_PERPLEXITY = 1e6
+NameStyle = Literal["flat", "slash"]
+
+
+class DetailedMetricsTracker:
+    """Collects statistics per token class and names their means.
+
+    For every class with at least one token: nll, perplexity (exponential of the class's own mean nll,
+    at most 1e6), entropy, topk_entropy, exact_entropy, top1/2/5/10_prob, accuracy and num_tokens.
+    A class without tokens has no metrics.
+
+    Args:
+        entropy_k: how many of the most likely tokens `topk_entropy` tells apart, 1 to 10.
+        enable_token_classification: report reasoning, tool_call and the finer classes beside the overall numbers.
+        metric_names: "flat" (`train_tool_call_top5_prob`) or "slash" (`train/tool_call/top5_prob`).
+
+    Example:
+        >>> tracker = DetailedMetricsTracker()
+        >>> tracker.update(logits, labels, token_class)
+        >>> tracker.compute("train")["train_tool_call_perplexity"]
+    """
+
+    def __init__(
+        self,
+        *,
+        entropy_k: int = 10,
+        enable_token_classification: bool = True,
+        metric_names: NameStyle = "flat",
+    ) -> None:
+        if not 1 <= entropy_k <= max(TOP_K):
+            raise UserError(f"entropy_k={entropy_k}: must be between 1 and {max(TOP_K)}.")
+        if metric_names not in ("flat", "slash"):
+            raise UserError(f"metric_names={metric_names}: must be 'flat' or 'slash'.")
+        self.entropy_k = entropy_k
+        self._groups = GROUPS if enable_token_classification else {"overall": GROUPS["overall"]}
+        self._style: NameStyle = metric_names
+        self.table = empty_table()
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, token_class: torch.Tensor) -> None:
+        """Add tokens: `logits` [tokens, vocabulary], and the label and class each of them predicts."""
+        table = empty_table(logits.device)
+        add_tokens(table, logits, labels, token_class, self.entropy_k)
+        self.add(table)
+
+    def add(self, table: torch.Tensor) -> None:
+        """Add a table of sums (see metrics.table)."""
+        self.table = self.table.to(table.device) + table
+
+    def reset(self) -> None:
+        self.table = empty_table(self.table.device)
+
+    def compute(self, split: str, table: torch.Tensor | None = None) -> dict[str, float]:
+        """The means of `table` (by default of everything added since the last reset), by name."""
+        sums = (self.table if table is None else table).detach().cpu()
+        metrics: dict[str, float] = {}
+        for group, classes in self._groups.items():
+            row = dict(zip(COLUMNS, sums[list(classes)].sum(0).tolist(), strict=True))
+            if row["count"] == 0:
+                continue
+            for name, value in _means(row).items():
+                metrics[metric_name(split, group, name, self._style)] = value
+        return metrics
+
+
+def _means(row: Mapping[str, float]) -> dict[str, float]:
+    count = row["count"]
+    return {
+        "perplexity": _perplexity(row["nll"] / count),
+        **{name: row[name] / count for name in COLUMNS if name not in ("count", "correct")},
+        "accuracy": row["correct"] / count,
+        "num_tokens": count,
+    }
+
+
+def _perplexity(nll: float) -> float:
+    if math.isnan(nll):
+        return nll
+    return MAX_PERPLEXITY if nll >= math.log(MAX_PERPLEXITY) else math.exp(nll)
+
+
+def metric_name(split: str, group: str, metric: str, style: NameStyle = "flat") -> str:
+    """The name of a metric: `train_entropy`, `val_tool_call_entropy`, or `val/tool_call/entropy`."""
+    parts = [split, metric] if group == "overall" else [split, group, metric]
+    return ("_" if style == "flat" else "/").join(parts)
