@@ -1,0 +1,91 @@
+"""What a user gets wrong is said once, in words that help, before the first step, and the exit code is not zero."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tune
+
+RECORD = {
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, I am here to help."}]
+}
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, I am here to help."}]
+}
+
+
+def lines(*records: object) -> str:
+    return "\n".join(json.dumps(record) for record in records) + "\n"
+
+
+# name: (content of data.jsonl or None, overrides, what the message must say)
+FILES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
+    "missing file": (None, (), ("dataset.data_files", "no file", "data.jsonl")),
+    "empty file": ("", (), ("data.jsonl has no records",)),
+    "not JSON": (lines(RECORD) + "user: hi\n", (), ("data.jsonl:2", "not JSON", "user: hi")),
+    "no messages": (lines(RECORD, {"text": "hi"}), (), ("data.jsonl:2", "'messages'", "NoneType")),
+    "null content": (
+        lines({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]}),
+        (),
+        ("data.jsonl:1", "message 1 (assistant)", "content must be text"),
+    ),
+    "fewer conversations than a step": (lines(*[RECORD] * 3), (), ("3 sequences", "batch_size 4", "2 data-parallel")),
+    "longer than the model": (
+        lines(*[{"messages": [{"role": "user", "content": "word " * 2000}, RECORD["messages"][1]]}] * 8),
+        ("tokenizer.max_seq_len=null",),
+        ("longest conversation has", "the model takes 1024", "tokenizer.max_seq_len=1024"),
+    ),
+}
+
+SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "limit above the model's": (
+        ("tokenizer.max_seq_len=4096",),
+        ("tokenizer.max_seq_len=4096", "at most 1024", "Set tokenizer.max_seq_len=1024"),
+    ),
+    "tokenizer larger than the embedding": (("model.vocab_size=300",), ("the model's embedding has 300 rows",)),
+    "world size not divisible": (
+        (
+            "tensor_parallel_dim=3",
+            "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan",
+        ),
+        ("tensor_parallel_dim=3", "2 processes"),
+    ),
+    "output folder cannot be made": (("output_dir=/dev/null/runs",), ("output_dir=/dev/null/runs", "cannot be made")),
+    "unknown key": (("gradient_acumulation_steps=2",), ("gradient_acumulation_steps", "'gradient_accumulation_steps'")),
+    "unknown option": (("optimizer.learning_rate=1",), ("optimizer.learning_rate", "torch.optim.AdamW")),
+    "not a number": (("batch_size=many",), ("batch_size='many'", "integer")),
+    "GPU feature on a CPU": (("fsdp_cpu_offload=True",), ("fsdp_cpu_offload=True", "device=cuda")),
+    "clipping in backward": (("optimizer_in_bwd=True",), ("clip_grad_norm", "optimizer_in_bwd=True")),
+}
+
+
+def assert_said_once(result, phrases: tuple[str, ...]) -> None:
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0
+    assert len(said) == 1, result.stderr
+    for phrase in phrases:
+        assert phrase in said[0]
+    assert "Traceback" not in result.stderr
+    assert "step/s" not in result.stderr  # the bar of the first step never appeared
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", FILES)
+def test_bad_file_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
+    content, overrides, phrases = FILES[case]
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content, encoding="utf-8")
+    result = tune.train(*tune.FROM_FILE, f"dataset.data_files={data}", *overrides, cwd=tmp_path)
+    assert_said_once(result, phrases)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", SETTINGS)
+def test_bad_setting_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
+    overrides, phrases = SETTINGS[case]
+    assert_said_once(tune.train(*tune.SMALL, *overrides, cwd=tmp_path), phrases)
+
+
+def test_one_process_says_it_too(tmp_path: Path) -> None:
+    assert_said_once(tune.train("epochs=0", cwd=tmp_path, processes=1), ("epochs=0", "at least 1"))

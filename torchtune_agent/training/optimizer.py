@@ -1,0 +1,75 @@
+"""One optimizer and its schedule, stepped after the backward pass or inside it.
+
+With `optimizer_in_bwd` every parameter has an optimizer of its own, which steps as soon as the gradient is
+there and frees it: gradients of the whole model never exist together.
+"""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+
+from torchtune_agent.config import instantiate
+from torchtune_agent.distributed import clip_gradients
+from torchtune_agent.training.parameters import ParameterSetup
+from torchtune_agent.training.settings import Settings
+
+
+class Stepper:
+    """Owns the optimizer(s) and the learning-rate schedule(s) of a run."""
+
+    def __init__(
+        self, model: TransformerDecoder, parameters: ParameterSetup, cfg: DictConfig, settings: Settings
+    ) -> None:
+        self._model = model
+        self._max_norm = None if settings.clip_grad_norm is None else float(settings.clip_grad_norm)
+        self._in_backward = settings.optimizer_in_bwd
+        self._schedules: list[Any] = []
+        self.for_checkpoint: Any  # what torchtune's checkpoint client saves and loads
+        if self._in_backward:
+            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            by_parameter = {p: instantiate(cfg.optimizer, "optimizer", [p]) for p in named.values()}
+            training.register_optim_in_bwd_hooks(model, by_parameter)
+            self._optimizers = list(by_parameter.values())
+            self.for_checkpoint = training.OptimizerInBackwardWrapper({n: by_parameter[p] for n, p in named.items()})
+        else:
+            self._optimizers = [instantiate(cfg.optimizer, "optimizer", parameters.groups(model))]
+            self.for_checkpoint = self._optimizers[0]
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore the optimizer state of a checkpoint written by torchtune's checkpoint client."""
+        if self._in_backward:
+            for name, optimizer in self.for_checkpoint.optim_map.items():
+                training.load_from_full_optimizer_state_dict(self._model, optimizer, state[name], device)  # pyright: ignore
+        else:
+            training.load_from_full_optimizer_state_dict(self._model, self._optimizers[0], state, device)  # pyright: ignore
+
+    def schedule(self, cfg: DictConfig | None, *, num_steps: int, steps_done: int) -> None:
+        """Set up the learning-rate schedule; without one the rate stays constant."""
+        if cfg is None:
+            return
+        for optimizer in self._optimizers:
+            if steps_done:
+                for group in optimizer.param_groups:
+                    group.setdefault("initial_lr", optimizer.defaults["lr"])
+            self._schedules.append(
+                instantiate(cfg, "lr_scheduler", optimizer, num_training_steps=num_steps, last_epoch=steps_done - 1)
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._optimizers[0].param_groups[0]["lr"])
+
+    def step(self) -> torch.Tensor | None:
+        """Clip, update, clear the gradients, advance the schedule. Returns the gradient norm where clipping is on."""
+        norm: torch.Tensor | None = None
+        if not self._in_backward:
+            if self._max_norm is not None:
+                norm = clip_gradients(self._model.parameters(), self._max_norm)
+            self._optimizers[0].step()
+            self._optimizers[0].zero_grad(set_to_none=True)
+        for schedule in self._schedules:
+            schedule.step()
+        return norm

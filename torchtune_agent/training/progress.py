@@ -1,0 +1,137 @@
+"""What a person sees of a run: the bar, the rows in the log, the table at the end.
+
+Rank 0 shows and writes; on the other ranks the same calls do nothing.
+"""
+
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune import training
+from tqdm import tqdm
+
+from torchtune_agent.config import instantiate
+from torchtune_agent.data.collate import Batch
+from torchtune_agent.data.loader import BatchSource
+from torchtune_agent.distributed import World
+from torchtune_agent.metrics.log import RunLog
+from torchtune_agent.metrics.plots import plot_classes
+from torchtune_agent.metrics.summary import class_table
+from torchtune_agent.metrics.tracker import metric_name
+from torchtune_agent.training.settings import Settings
+
+
+class Progress:
+    """Shows a run on the screen and writes it to the logs."""
+
+    def __init__(self, cfg: DictConfig, settings: Settings, world: World, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._settings = settings
+        self._world = world
+        self._rows: list[dict[str, Any]] = []
+        self._bar: tqdm | None = None
+        self._live: dict[str, str] = {}
+        self._log: RunLog | None = None
+        if world.is_main:
+            make_logger = partial(instantiate, cfg.metric_logger, "metric_logger") if cfg.get("metric_logger") else None
+            folder = settings.output_dir / "logs"
+            self._log = RunLog(folder, cfg, make_logger, continues=settings.resume_from_checkpoint)
+        self._profiler = _make_profiler(cfg)
+
+    def start(self, steps_per_epoch: int, epochs_done: int) -> None:
+        total = steps_per_epoch * self._settings.epochs
+        self._profiler.start()
+        if self._world.is_main:
+            self._bar = tqdm(total=total, initial=steps_per_epoch * epochs_done, unit="step", dynamic_ncols=True)
+
+    def step(self, row: Mapping[str, Any], step: int) -> None:
+        """One logged step."""
+        if self._log is None:
+            return
+        row = {**row, **self._memory()}
+        self._write(row, step)
+        self._live["loss"] = f"{row['loss']:.3f}"
+        for group in ("reasoning", "tool_call"):
+            perplexity = row.get(metric_name("train", group, "perplexity", self._settings.metric_names))
+            if perplexity is not None:
+                self._live[f"{group} ppl"] = f"{perplexity:.2f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self._live, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def validating(self, source: BatchSource, step: int) -> Iterable[list[Batch]]:
+        """The validation batches, with a bar of their own."""
+        batches: Iterator[list[Batch]] = source.epoch(0)
+        if not self._world.is_main:
+            return batches
+        return tqdm(batches, desc=f"Validating at step {step}", total=source.steps_per_epoch, leave=False, delay=1)
+
+    def validated(self, row: Mapping[str, Any], step: int) -> None:
+        if self._log is None:
+            return
+        self._write(row, step)
+        style = self._settings.metric_names
+        parts = [f"loss {row[metric_name('val', 'overall', 'loss', style)]:.3f}"]
+        for group in ("reasoning", "tool_call"):
+            name = metric_name("val", group, "perplexity", style)
+            if name in row:
+                parts.append(f"{group.replace('_', ' ')} perplexity {row[name]:.2f}")
+        self.say(f"step {step}: validation {', '.join(parts)}")
+
+    def profile(self) -> None:
+        """One training step is over, for the profiler."""
+        self._profiler.step()
+
+    def saving(self, step: int) -> None:
+        self.say(f"step {step}: saving a checkpoint")
+
+    def finish(self, checkpoint_folder: Path) -> None:
+        """Close the logs; show the table of classes and where everything is."""
+        self._profiler.stop()
+        if self._log is None:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        self._log.close()
+        picture = self._log.path.with_name("metrics.png")
+        style = self._settings.metric_names
+        plot_classes(self._rows, picture, style)
+        for split, title in (("val", "Validation"), ("train", "Training")):
+            if any(metric_name(split, "overall", "nll", style) in row for row in self._rows):
+                print(f"\n{title}, first → last\n{class_table(self._rows, split, style)}")
+                break
+        print(
+            f"\nLogs        {self._log.path}\n"
+            f"Config      {self._log.config_path}\n"
+            f"Plot        {picture}\n"
+            f"Checkpoint  {checkpoint_folder}",
+            flush=True,
+        )
+
+    def _write(self, row: Mapping[str, Any], step: int) -> None:
+        assert self._log is not None
+        self._rows.append({"step": step, **row})
+        self._log.log(row, step)
+
+    def _memory(self) -> dict[str, float]:
+        if not self._settings.log_peak_memory_stats:
+            return {}
+        if self._world.device.type == "cuda":
+            return training.get_memory_stats(self._world.device)
+        return {"peak_memory_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2}  # GiB, on Linux
+
+
+def _make_profiler(cfg: DictConfig) -> Any:
+    """torchtune's profiler as configured; without a `profiler` section, one that does nothing."""
+    section = cfg.get("profiler")
+    if section is None or not section.get("enabled", True):
+        return training.DummyProfiler()
+    options = {"_component_": "torchtune.training.setup_torch_profiler", **section}
+    if options.get("cuda") and not torch.cuda.is_available():
+        options["cuda"] = False
+    profiler, _ = instantiate(options, "profiler")
+    return profiler

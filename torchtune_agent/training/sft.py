@@ -1,0 +1,156 @@
+"""The parts of supervised fine-tuning, shared by every recipe that trains on conversations."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+from torch import nn
+from torchtune.datasets import ConcatDataset
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from torchtune_agent.config import component, instantiate
+from torchtune_agent.data import AgentSFTDataset, Collator, DataReport, SampleLoader, StepPlan
+from torchtune_agent.errors import UserError
+from torchtune_agent.losses import CrossEntropy, Objective
+from torchtune_agent.training.run import Run
+from torchtune_agent.training.settings import Settings
+
+_SAME_LOSS = (CEWithChunkedOutputLoss, nn.CrossEntropyLoss)
+
+
+@dataclass
+class SFTData:
+    train: SampleLoader
+    validation: SampleLoader | None
+    has_token_classes: bool
+
+
+def sft_data(run: Run, tokenizer: Any, model: nn.Module) -> SFTData:
+    """The configured datasets as loaders, checked against the model and the size of a step."""
+    settings, world = run.settings, run.world
+    plan = StepPlan(settings.batch_size, settings.gradient_accumulation_steps, world.dp_rank, world.dp_size)
+    datasets = _datasets(run, "dataset", tokenizer, model)
+    has_token_classes = all("token_class" in dataset[0] for dataset in datasets)
+    if settings.enable_token_classification and not has_token_classes:
+        run.say("              not an AgentSFTDataset: its tokens have no classes, so metrics are overall only")
+    train = _loader(run, "dataset", datasets, tokenizer, plan, shuffle=settings.shuffle)
+    if train.num_rows < plan.rows_per_step:
+        raise UserError(
+            f"dataset: {train.num_rows} sequences are fewer than a step needs ({plan.rows_per_step} = "
+            f"batch_size {plan.batch_size} x gradient_accumulation_steps {plan.accumulation} x "
+            f"{plan.dp_size} data-parallel ranks). Lower batch_size or gradient_accumulation_steps, or add data."
+        )
+    validation = None
+    if run.cfg.get("dataset_val") is not None:
+        plan = StepPlan(settings.batch_size_val or settings.batch_size, 1, world.dp_rank, world.dp_size)
+        datasets = _datasets(run, "dataset_val", tokenizer, model)
+        validation = _loader(run, "dataset_val", datasets, tokenizer, plan, shuffle=False)
+    return SFTData(train, validation, has_token_classes)
+
+
+def _datasets(run: Run, key: str, tokenizer: Any, model: nn.Module) -> list[Any]:
+    """Make the dataset, or every one of a list, under `key`; say what is in them."""
+    datasets = []
+    for name, section in _sections(run.cfg, key).items():
+        dataset = _make(section, name, tokenizer, run.settings)
+        if len(dataset) == 0:
+            raise UserError(f"{name}: no conversation with a token to train. Check the file and tokenizer.max_seq_len.")
+        if isinstance(dataset, AgentSFTDataset):
+            _check_against_model(dataset, name, tokenizer, model)
+        datasets.append(dataset)
+    reports = [dataset.report for dataset in datasets if isinstance(dataset, AgentSFTDataset)]
+    for i, line in enumerate(sum(reports, DataReport()).lines() if reports else ()):
+        run.say(f"{key if i == 0 else '':<14}{line}")
+    return datasets
+
+
+def _sections(cfg: DictConfig, key: str) -> dict[str, DictConfig]:
+    """The dataset section under `key`, or all of them by name where it is a list."""
+    if not isinstance(cfg[key], ListConfig):
+        return {key: cfg[key]}
+    return {f"{key}[{i}]": section for i, section in enumerate(cfg[key])}
+
+
+def _loader(run: Run, key: str, datasets: list[Any], tokenizer: Any, plan: StepPlan, *, shuffle: bool) -> SampleLoader:
+    packed = {bool(section.get("packed", False)) for section in _sections(run.cfg, key).values()}
+    if len(packed) > 1:
+        raise UserError(f"{key}: some of its datasets are packed and some are not. Set packed alike on all of them.")
+    if packed == {True} and tokenizer.max_seq_len is None:
+        raise UserError(f"{key}.packed=True: needs tokenizer.max_seq_len, the length of a packed sequence.")
+    collator = Collator(
+        pad_id=tokenizer.pad_id,
+        pack_to=tokenizer.max_seq_len if packed == {True} else None,
+        special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
+    )
+    dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+    assert run.settings.seed is not None
+    return SampleLoader(dataset, collator, plan, shuffle=shuffle, seed=run.settings.seed)  # pyright: ignore
+
+
+def _make(section: DictConfig, key: str, tokenizer: Any, settings: Settings) -> Any:
+    """Make one dataset. Ours tells reasoning and calls apart unless the run as a whole does not."""
+    options: dict[str, Any] = {}
+    if "_component_" in section:
+        known = inspect.signature(component(section["_component_"], key)).parameters
+        if "enable_token_classification" in known and not settings.enable_token_classification:
+            options["enable_token_classification"] = False
+        if "packed" in known:
+            options["packed"] = False  # the loader packs and keeps classes; torchtune's packing drops them
+    return instantiate(section, key, tokenizer, **options)
+
+
+def _check_against_model(dataset: AgentSFTDataset, key: str, tokenizer: Any, model: nn.Module) -> None:
+    assert isinstance(model, TransformerDecoder)
+    rows = model.tok_embeddings.num_embeddings
+    largest = max(dataset.largest_token, tokenizer.pad_id)
+    if largest >= rows:
+        raise UserError(
+            f"tokenizer: its tokens reach id {largest}, but the model's embedding has {rows} rows. "
+            "Use the tokenizer that belongs to the model."
+        )
+    limit, longest = model.max_seq_len, max(dataset.lengths)
+    if longest > limit:
+        raise UserError(
+            f"{key}: its longest conversation has {longest} tokens, and the model takes {limit}. "
+            f"Set tokenizer.max_seq_len={limit} to cut longer ones (they are counted), or leave them out of the data."
+        )
+
+
+def check_model(run: Run, tokenizer: Any, model: nn.Module) -> None:
+    """Refuse a model that is not a text decoder, and settings it cannot fulfil."""
+    if not isinstance(model, TransformerDecoder):
+        raise UserError(f"model: {type(model).__name__} is not a text decoder; models with images are not supported.")
+    limit = model.max_seq_len
+    if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > limit:
+        raise UserError(
+            f"tokenizer.max_seq_len={tokenizer.max_seq_len}: the model takes at most {limit} tokens. "
+            f"Set tokenizer.max_seq_len={limit} or less."
+        )
+    names = {name for name, _ in model.named_modules()}
+    for layer in run.settings.custom_sharded_layers or ():
+        if layer not in names:
+            raise UserError(
+                f"custom_sharded_layers: the model has no module '{layer}' (tied embeddings have no 'output'). "
+                "Remove it from the list."
+            )
+
+
+def sft_objective(run: Run) -> Objective:
+    """The configured loss. torchtune's cross entropies mean the same number, so they get our objective too."""
+    section = run.cfg.get("loss")
+    if section is None:
+        return CrossEntropy(entropy_k=run.settings.entropy_k)
+    made = component(section["_component_"], "loss")
+    if made in _SAME_LOSS:
+        run.say(
+            f"loss        {made.__name__}: computed by torchtune_agent.losses.CrossEntropy, which measures every class"
+        )
+        return CrossEntropy(entropy_k=run.settings.entropy_k)
+    if made is CrossEntropy:
+        return instantiate(section, "loss", entropy_k=run.settings.entropy_k)
+    raise UserError(
+        f"loss: {section['_component_']} cannot report token classes. Leave 'loss' out, or use "
+        "torchtune_agent.losses.CrossEntropy."
+    )
