@@ -5,7 +5,13 @@ The names below are the public API. They load on first use, so that importing th
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform, TokenClass
+    from torchtune_agent.metrics import DetailedMetricsTracker
+    from torchtune_agent.toolworld import ToolWorld
+    from torchtune_agent.training import Trainer
 
 __version__ = "0.1.0"
 
@@ -18,7 +24,15 @@ _HOME = {
     "Trainer": "torchtune_agent.training",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "AgentSFTDataset",
+    "AgentSFTTransform",
+    "DetailedMetricsTracker",
+    "TokenClass",
+    "ToolWorld",
+    "Trainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

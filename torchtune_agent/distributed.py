@@ -58,7 +58,10 @@ def rank_from_environment() -> int:
 
 @contextmanager
 def process_group(device: str) -> Iterator[tuple[int, int]]:
-    """The default process group for `device`: NCCL for CUDA tensors, gloo for CPU ones; yields (rank, size)."""
+    """The default process group for `device`: NCCL for CUDA tensors, gloo for CPU ones; yields (rank, size).
+
+    It is not taken down after an exception: that would wait for ranks which wait for this one.
+    """
     on_cuda = device.startswith("cuda") and torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     if on_cuda:
@@ -67,10 +70,8 @@ def process_group(device: str) -> Iterator[tuple[int, int]]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
+    yield dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -1,15 +1,16 @@
 """What a user gets wrong is said once, in words that help, before the first step, and the exit code is not zero."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tune
+from torchtune_agent._tune import config_path, recipe_path
 
 RECORD = {
-    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, I am here to help."}]
-}
     "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, I am here to help."}]
 }
 
@@ -29,7 +30,11 @@ FILES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
         (),
         ("data.jsonl:1", "message 1 (assistant)", "content must be text"),
     ),
-    "fewer conversations than a step": (lines(*[RECORD] * 3), (), ("3 sequences", "batch_size 4", "2 data-parallel")),
+    "fewer conversations than a step": (
+        lines(*[RECORD] * 3),
+        (),
+        ("3 sequences", "batch_size 4", "data-parallel ranks"),
+    ),
     "longer than the model": (
         lines(*[{"messages": [{"role": "user", "content": "word " * 2000}, RECORD["messages"][1]]}] * 8),
         ("tokenizer.max_seq_len=null",),
@@ -48,10 +53,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "tensor_parallel_dim=3",
             "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan",
         ),
-        ("tensor_parallel_dim=3", "2 processes"),
+        ("tensor_parallel_dim=3", "does not divide", "--nproc_per_node"),
     ),
     "output folder cannot be made": (("output_dir=/dev/null/runs",), ("output_dir=/dev/null/runs", "cannot be made")),
-    "unknown key": (("gradient_acumulation_steps=2",), ("gradient_acumulation_steps", "'gradient_accumulation_steps'")),
+    "unknown key": (("gradient_acumulation_steps=2",), ("unknown config key", "'gradient_accumulation_steps'")),
     "unknown option": (("optimizer.learning_rate=1",), ("optimizer.learning_rate", "torch.optim.AdamW")),
     "not a number": (("batch_size=many",), ("batch_size='many'", "integer")),
     "GPU feature on a CPU": (("fsdp_cpu_offload=True",), ("fsdp_cpu_offload=True", "device=cuda")),
@@ -59,33 +64,59 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def assert_said_once(result, phrases: tuple[str, ...]) -> None:
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode != 0
-    assert len(said) == 1, result.stderr
+def assert_said_once(code: int, stderr: str, phrases: tuple[str, ...]) -> None:
+    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code != 0
+    assert len(said) == 1, stderr
     for phrase in phrases:
         assert phrase in said[0]
-    assert "Traceback" not in result.stderr
-    assert "step/s" not in result.stderr  # the bar of the first step never appeared
+    assert "Traceback" not in stderr
+    assert "step/s" not in stderr  # the bar of the first step never appeared
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", FILES)
-def test_bad_file_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
-    content, overrides, phrases = FILES[case]
-    data = tmp_path / "data.jsonl"
+def file_overrides(case: str, folder: Path) -> tuple[str, ...]:
+    content, overrides, _ = FILES[case]
+    data = folder / "data.jsonl"
     if content is not None:
         data.write_text(content, encoding="utf-8")
-    result = tune.train(*tune.FROM_FILE, f"dataset.data_files={data}", *overrides, cwd=tmp_path)
-    assert_said_once(result, phrases)
+    return (*tune.FROM_FILE, f"dataset.data_files={data}", *overrides)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the recipe in this process and checks that it refuses, once, with all the phrases."""
+
+    def run_and_check(overrides: tuple[str, ...], phrases: tuple[str, ...]) -> None:
+        output = f"output_dir={tmp_path / 'out'}"
+        arguments = ["--config", str(config_path("tiny/agent_sft")), output, *overrides]
+        monkeypatch.setattr(sys, "argv", [str(recipe_path("agent_sft_distributed")), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        assert_said_once(ended.value.code, capsys.readouterr().err, phrases)  # pyright: ignore
+
+    return run_and_check
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_file_is_refused_before_the_first_step(case: str, tmp_path: Path, refused) -> None:
+    refused(file_overrides(case, tmp_path), FILES[case][2])
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_bad_setting_is_refused_before_the_first_step(case: str, refused) -> None:
+    overrides, phrases = SETTINGS[case]
+    refused((*tune.SMALL, *overrides), phrases)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", SETTINGS)
-def test_bad_setting_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
-    overrides, phrases = SETTINGS[case]
-    assert_said_once(tune.train(*tune.SMALL, *overrides, cwd=tmp_path), phrases)
+@pytest.mark.parametrize("case", ["not JSON", "fewer conversations than a step"])
+def test_two_ranks_say_a_bad_file_once(case: str, tmp_path: Path) -> None:
+    result = tune.train(*file_overrides(case, tmp_path), cwd=tmp_path)
+    assert_said_once(result.returncode, result.stderr, FILES[case][2])
 
 
-def test_one_process_says_it_too(tmp_path: Path) -> None:
-    assert_said_once(tune.train("epochs=0", cwd=tmp_path, processes=1), ("epochs=0", "at least 1"))
+@pytest.mark.distributed
+def test_two_ranks_say_a_bad_setting_once(tmp_path: Path) -> None:
+    overrides, phrases = SETTINGS["world size not divisible"]
+    result = tune.train(*tune.SMALL, *overrides, cwd=tmp_path)
+    assert_said_once(result.returncode, result.stderr, phrases)

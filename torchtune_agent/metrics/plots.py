@@ -26,7 +26,7 @@ def plot_classes(rows: Sequence[Mapping[str, Any]], path: Path, style: NameStyle
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (metric, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for group, colour in _CURVES.items():
@@ -43,7 +43,9 @@ def plot_classes(rows: Sequence[Mapping[str, Any]], path: Path, style: NameStyle
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8, title="lines: train, dots: validation", title_fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    title = "lines: training   dots: validation"
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, title=title)
     figure.savefig(path, dpi=130)
 
 

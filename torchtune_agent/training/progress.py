@@ -108,7 +108,9 @@ class Progress:
             f"\nLogs        {self._log.path}\n"
             f"Config      {self._log.config_path}\n"
             f"Plot        {picture}\n"
-            f"Checkpoint  {checkpoint_folder}",
+            f"Checkpoint  {checkpoint_folder}\n"
+            f"Next        tensorboard --logdir {self._log.path.parent}  # where that is the metric_logger\n"
+            "            tune cp qwen2_5/0.5B_agent_sft my.yaml  # a config to start from with your own data",
             flush=True,
         )
 

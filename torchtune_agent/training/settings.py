@@ -72,7 +72,7 @@ class Settings(BaseModel):
     metric_names: Literal["flat", "slash"] = "flat"
     # Checkpoints
     enable_async_checkpointing: bool = False
-    cudnn_deterministic_mode: bool | None = None
+    cudnn_deterministic_mode: int | str | None = None
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":

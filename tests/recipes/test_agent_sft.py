@@ -1,0 +1,250 @@
+"""The recipe as users run it: the real `tune`, real processes, real loggers read back by their own readers."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from tests import tune
+from torchtune_agent._tune import config_path
+from torchtune_agent.metrics import read_rows
+
+SPEC_METRICS = [
+    f"{split}_{group}{metric}"
+    for split in ("train", "val")
+    for group in ("", "reasoning_", "tool_call_")
+    for metric in ("entropy", "perplexity", "top1_prob", "top2_prob", "top5_prob", "top10_prob")
+]
+
+
+def rows_by_name(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    names: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "time"):
+                names.setdefault(name, []).append((row["step"], value))
+    return names
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run on two ranks with TensorBoard, from a folder that is not the checkout: (output folder, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    result = tune.train(*tune.SMALL, "gradient_accumulation_steps=2", "log_peak_memory_stats=True", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "out", result.stdout, result.stderr
+
+
+@pytest.mark.distributed
+def test_every_metric_of_the_spec_is_logged(two_ranks: tuple[Path, str, str]) -> None:
+    logged = rows_by_name(read_rows(two_ranks[0] / "logs" / "metrics.jsonl"))
+    missing = [name for name in [*SPEC_METRICS, "loss", "val_loss", "lr", "grad_norm"] if name not in logged]
+    assert missing == []
+    assert all(math.isfinite(value) for points in logged.values() for _, value in points)
+
+
+@pytest.mark.distributed
+def test_detailed_metrics_come_at_their_interval(two_ranks: tuple[Path, str, str]) -> None:
+    logged = rows_by_name(read_rows(two_ranks[0] / "logs" / "metrics.jsonl"))
+    assert [step for step, _ in logged["loss"]] == [1, 2, 3]  # 24 conversations, 8 a step
+    assert [step for step, _ in logged["train_tool_call_entropy"]] == [1, 2]  # the first, and every second
+    assert [step for step, _ in logged["val_loss"]] == [3]  # at the end of the epoch
+
+
+@pytest.mark.distributed
+def test_tensorboard_holds_every_row(two_ranks: tuple[Path, str, str]) -> None:
+    (events,) = (two_ranks[0] / "logs").glob("run_0_*")
+    reader = EventAccumulator(str(events)).Reload()
+    for name, points in rows_by_name(read_rows(two_ranks[0] / "logs" / "metrics.jsonl")).items():
+        read = [(event.step, float(make_ndarray(event.tensor_proto))) for event in reader.Tensors(name)]
+        assert [step for step, _ in read] == [step for step, _ in points]
+        assert [value for _, value in read] == pytest.approx([value for _, value in points], rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_the_screen_ends_with_a_table_of_classes_and_where_things_are(two_ranks: tuple[Path, str, str]) -> None:
+    output, stdout, stderr = two_ranks
+    for row in ("overall", "reasoning", "tool call", "call syntax", "call name", "arg name", "arg value"):
+        assert re.search(rf"^ *{row} +[\d,]+ +\d+\.\d+ → \d+\.\d+", stdout, re.M), stdout
+    for path in ("logs/metrics.jsonl", "logs/config.yaml", "logs/metrics.png", "checkpoints"):
+        assert str(output / path) in stdout
+        assert (output / path).exists()
+    assert "loss=" in stderr and "tool_call ppl=" in stderr  # the bar
+    assert stderr.count("conversations, ") == 2  # training and validation data, said by one rank only
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_is_written(two_ranks: tuple[Path, str, str]) -> None:
+    weights = load_file(two_ranks[0] / "checkpoints" / "epoch_0" / "model.safetensors")
+    assert weights["tok_embeddings.weight"].shape == (2048, 32)
+    assert weights["layers.0.attn.q_proj.weight"].abs().sum() > 0
+
+
+def wandb_history(run_file: Path) -> Iterator[dict[str, Any]]:
+    """The history rows in a file WandB wrote offline: LevelDB log blocks of 32 KiB that hold its own protobuf."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
+
+    content = run_file.read_bytes()
+    assert content[:4] == b":W&B"
+    position, record = 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        size, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        if kind == 0:
+            break
+        record += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or last part
+            message = Record.FromString(record)
+            record = b""
+            if message.HasField("history"):
+                items = message.history.item
+                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_wandb_offline_holds_every_row_and_no_secret(tmp_path: Path) -> None:
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    result = tune.train(
+        *tune.SMALL,
+        "metric_logger=torchtune.training.metric_logging.WandBLogger",
+        "metric_logger.project=test",
+        "metric_logger.mode=offline",
+        f"metric_logger.log_dir={tmp_path / 'wandb_logs'}",
+        "metric_names=slash",
+        cwd=tmp_path,
+        processes=1,
+        env={"WANDB_API_KEY": secret, "WANDB_SILENT": "true"},
+    )
+    assert result.returncode == 0, result.stderr
+    (run_file,) = tmp_path.glob("wandb_logs/wandb/offline-run-*/run-*.wandb")
+    expected = read_rows(tmp_path / "out" / "logs" / "metrics.jsonl")
+    history = list(wandb_history(run_file))
+    assert len(history) == len(expected)
+    for row, read in zip(expected, history, strict=True):
+        assert read["global_step"] == row["step"]
+        for name in row.keys() - {"step", "time"}:
+            assert read[name] == pytest.approx(row[name])
+    assert any("val/tool_call/top5_prob" in row for row in expected)
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [p for p in written if secret.encode() in p.read_bytes()]
+
+
+LOGGER = '''
+class Broken:
+    """A metric logger that fails at the second row."""
+
+    def __init__(self, api_key: str) -> None:
+        self.rows = 0
+
+    def log_config(self, config) -> None:
+        assert config.metric_logger.api_key == "***"
+
+    def log_dict(self, payload, step) -> None:
+        self.rows += 1
+        if self.rows == 2:
+            raise ConnectionError("the service is down")
+
+    def close(self) -> None:
+        raise AssertionError("a logger that failed must be left alone")
+'''
+
+
+def test_a_logger_that_raises_is_reported_once_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "broken_logger.py").write_text(LOGGER)
+    result = tune.train(
+        *tune.SMALL,
+        "metric_logger=broken_logger.Broken",
+        "~metric_logger.log_dir",
+        "metric_logger.api_key=hunter2-hunter2",
+        cwd=tmp_path,
+        processes=1,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: ") == 1
+    assert "Broken.log_dict raised ConnectionError: the service is down" in result.stderr
+    assert len(rows_by_name(read_rows(tmp_path / "out" / "logs" / "metrics.jsonl"))["loss"]) == 12
+    assert "hunter2" not in (tmp_path / "out" / "logs" / "config.yaml").read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(asynchronous: bool, tmp_path: Path) -> None:
+    common = (*tune.SMALL, "lr_scheduler=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup")
+    if asynchronous:
+        common += ("enable_async_checkpointing=True",)
+    whole = tune.train(*common, "epochs=2", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "out"
+    expected = load_file(out / "checkpoints" / "epoch_1" / "model.safetensors")
+    losses = rows_by_name(read_rows(out / "logs" / "metrics.jsonl"))["loss"]
+
+    for file in (out / "checkpoints" / "epoch_1").iterdir():
+        file.unlink()
+    (out / "checkpoints" / "epoch_1").rmdir()
+    again = tune.train(*common, "epochs=2", "resume_from_checkpoint=True", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    resumed = load_file(out / "checkpoints" / "epoch_1" / "model.safetensors")
+    assert all(resumed[name].equal(expected[name]) for name in expected)
+    steps = rows_by_name(read_rows(out / "logs" / "metrics.jsonl"))["loss"]
+    assert steps == losses + losses[len(losses) // 2 :]
+
+
+@pytest.mark.distributed
+def test_tensor_parallel_ranks_train_as_one(tmp_path: Path) -> None:
+    losses = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        split = ("tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan",)
+        result = tune.train(
+            *tune.SMALL,
+            *(split if processes == 2 else ()),
+            f"tensor_parallel_dim={processes}",
+            "model.tie_word_embeddings=False",
+            cwd=folder,
+            processes=processes,
+        )
+        assert result.returncode == 0, result.stderr
+        logged = rows_by_name(read_rows(folder / "out" / "logs" / "metrics.jsonl"))["loss"]
+        losses.append([loss for _, loss in logged])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_without_classification_training_and_overall_metrics_go_on(tmp_path: Path) -> None:
+    result = tune.train(*tune.SMALL, "enable_token_classification=False", cwd=tmp_path, processes=1)
+    assert result.returncode == 0, result.stderr
+    logged = rows_by_name(read_rows(tmp_path / "out" / "logs" / "metrics.jsonl"))
+    assert "train_top5_prob" in logged and "val_entropy" in logged
+    assert not [name for name in logged if "reasoning" in name or "tool_call" in name]
+
+
+def test_datasets_of_torchtune_and_lists_of_datasets_work(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    record = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi there, friend"}]}
+    data.write_text("\n".join(json.dumps(record) for _ in range(8)))
+    chat = (
+        "{_component_: torchtune.datasets.chat_dataset, source: json, conversation_column: messages, "
+        f"conversation_style: openai, data_files: {data}, split: train, packed: True}}"
+    )
+    ours = "{_component_: torchtune_agent.data.toolworld_dataset, num_tasks: 8, packed: True}"
+    config = tmp_path / "mixed.yaml"
+    lines = config_path("tiny/agent_sft").read_text().splitlines()
+    start = lines.index("dataset:")
+    lines[start : start + 5] = ["dataset:", f"  - {chat}", f"  - {ours}"]
+    config.write_text("\n".join(lines))
+    small = [override for override in tune.SMALL if not override.startswith("dataset.")]
+    result = tune.train(*small, cwd=tmp_path, processes=1, config=str(config))
+    assert result.returncode == 0, result.stderr
+    assert "metrics are overall only" in result.stderr
+    assert math.isfinite(rows_by_name(read_rows(tmp_path / "out" / "logs" / "metrics.jsonl"))["loss"][-1][1])
