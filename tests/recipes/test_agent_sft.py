@@ -82,6 +82,17 @@ def test_the_screen_ends_with_a_table_of_classes_and_where_things_are(two_ranks:
 
 
 @pytest.mark.distributed
+def test_call_syntax_becomes_certain_before_argument_values_do(tmp_path: Path) -> None:
+    """The story the quickstart tells, at a sixth of its length."""
+    result = tune.train("max_steps_per_epoch=25", "dataset.num_tasks=200", "dataset_val.num_tasks=16", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    last = read_rows(tmp_path / "out" / "logs" / "metrics.jsonl")[-1]
+    assert last["val_call_syntax_exact_entropy"] < last["val_arg_value_exact_entropy"]
+    assert last["val_call_syntax_perplexity"] < last["val_arg_value_perplexity"] / 10
+    assert last["val_call_syntax_accuracy"] > last["val_arg_value_accuracy"] + 0.3
+
+
+@pytest.mark.distributed
 def test_a_checkpoint_is_written(two_ranks: tuple[Path, str, str]) -> None:
     weights = load_file(two_ranks[0] / "checkpoints" / "epoch_0" / "model.safetensors")
     assert weights["tok_embeddings.weight"].shape == (2048, 32)

@@ -45,7 +45,8 @@ class Saver:
         try:
             return self._client.load_base_checkpoint()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"checkpointer: {error}") from error
+            what = f"no {error} (in the folder's config.json?)" if isinstance(error, KeyError) else error
+            raise UserError(f"checkpointer: {what}. Check checkpoint_dir and checkpoint_files.") from error
 
     def restore(self, model: TransformerDecoder, stepper: Stepper) -> int:
         """Bring optimizer and progress back where a run is resumed; returns the epochs that are done."""
