@@ -53,7 +53,9 @@ def folder(tmp_path: Path) -> Path:
     (model_dir / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 151665, **heads}))
     torch.manual_seed(0)
     weights = qwen2_tune_to_hf(qwen2(**SIZES).state_dict(), num_heads=2, num_kv_heads=1, dim=16)  # pyright: ignore
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, model_dir / "model-00001-of-00001.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, model_dir / "model-00001-of-00001.safetensors"
+    )
     (tmp_path / "datasets").mkdir()
     records = ToolWorld(num_tools=20).conversations("train", 10)
     (tmp_path / "datasets" / "my_data.jsonl").write_text("\n".join(json.dumps(record) for record in records))

@@ -15,7 +15,7 @@ from torchtune.data import Message
 from tqdm import tqdm
 
 from torchtune_agent.config import instantiate
-from torchtune_agent.data.encode import Encoded, encode_conversation
+from torchtune_agent.data.encode import ConversationEncoder, Encoded
 from torchtune_agent.data.messages import read_messages, to_torchtune
 from torchtune_agent.data.sources import read_records
 from torchtune_agent.data.tagging import CallMarkers
@@ -39,7 +39,7 @@ class AgentSFTTransform:
         train_on_reasoning_only: train only the tokens outside of tool calls (and the end of turns that have one).
         tool_call_start_token: the text that opens a tool call.
         tool_call_end_token: the text that closes it.
-        max_seq_len: cut conversations to this many tokens; by default the tokenizer's `max_seq_len`.
+        max_seq_len: cut conversations to this many tokens; the tokenizer's `max_seq_len` holds as well.
     """
 
     def __init__(
@@ -65,15 +65,20 @@ class AgentSFTTransform:
             )
         if chosen and not enable_token_classification:
             raise UserError(f"dataset.{chosen[0]}: needs enable_token_classification=True.")
+        if max_seq_len is not None and max_seq_len < 1:
+            raise UserError(f"dataset.max_seq_len={max_seq_len}: must be at least 1.")
+        limits = [limit for limit in (max_seq_len, tokenizer.max_seq_len) if limit is not None]
         self._tokenizer = tokenizer
+        self._max_seq_len = min(limits, default=None)
         self._message_transform = (
             instantiate(message_transform, "dataset.message_transform")
             if isinstance(message_transform, Mapping)
             else message_transform
         )
-        self._vocabulary = vocabulary(tokenizer) if enable_token_classification else None
-        self._markers = CallMarkers(tool_call_start_token, tool_call_end_token)
-        self._max_seq_len = max_seq_len or tokenizer.max_seq_len
+        markers = CallMarkers(tool_call_start_token, tool_call_end_token)
+        self._encoder: ConversationEncoder | None = None
+        if enable_token_classification:
+            self._encoder = ConversationEncoder(tokenizer, vocabulary(tokenizer), self._max_seq_len, markers)
         self._dropped: tuple[TokenClass, ...] = ()
         if train_on_tool_calls_only:
             self._dropped = REASONING_CLASSES
@@ -83,11 +88,9 @@ class AgentSFTTransform:
     def encode(self, record: Mapping[str, Any]) -> Encoded:
         """The tokens of one record and the class of each."""
         messages = self._messages(record)
-        if self._vocabulary is None:
+        if self._encoder is None:
             return _encode_without_classes(messages, self._tokenizer, self._max_seq_len)
-        encoded = encode_conversation(
-            messages, self._tokenizer, self._vocabulary, max_seq_len=self._max_seq_len, markers=self._markers
-        )
+        encoded = self._encoder.encode(messages)
         if self._dropped:
             _drop_classes(encoded, self._dropped)
         return encoded
@@ -236,7 +239,7 @@ class AgentSFTDataset(Dataset):
             try:
                 encoded = self._transform.encode(data)
             except UserError as error:
-                raise UserError(f"{record.where}: {error}.") from error
+                raise UserError(f"{record.where}: {str(error).rstrip('.')}.") from error
             num_supervised = int((encoded.token_class[1:] != TokenClass.IGNORED).sum())
             if num_supervised == 0:
                 self.report.leave_out(

@@ -1,20 +1,20 @@
 """From messages to tokens with a class on every one.
 
-The tokenizer renders the conversation its own way; this module finds, in the bytes of the tokens it gave,
-where each trained message's own text stands, and what of it is a call. So it works for every tokenizer
-whose vocabulary we can spell, and it notices when a tokenizer changed the text it was given.
+A torchtune tokenizer renders a conversation its own way and says only which messages a token came from (its
+mask). What it puts around a message's own text, a header and an end-of-turn, is constant for the tokenizer,
+so it is measured once on short probes; what is left of a message's tokens is its text, whatever it says.
 """
 
 import copy
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 from torchtune.data import Message
 
-from torchtune_agent.data.tagging import CallMarkers, Tags, tag_turn, tags_per_token
+from torchtune_agent.data.tagging import CallMarkers, tag_turn, tags_per_token
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.data.token_text import Vocabulary
 from torchtune_agent.errors import UserError
@@ -30,119 +30,104 @@ class Encoded:
     num_cut: int = 0  # tokens lost to the length limit
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Turn:
-    """A trained message in the token stream: its text's bytes, and the token after its last one."""
+    """A trained message in the token stream: text is tokens[start:end], its end-of-turn tokens[end:stop]."""
 
     start: int
     end: int
-    stop_token: int
+    stop: int
     role: str
 
 
-def encode_conversation(
-    messages: Sequence[Message],
-    tokenizer: Any,
-    vocabulary: Vocabulary,
-    *,
-    max_seq_len: int | None = None,
-    markers: CallMarkers | None = None,
-) -> Encoded:
-    """Tokenize, cut to `max_seq_len`, and class every token of every message that is not masked."""
-    tokens, mask = _tokenize_whole(messages, tokenizer)
-    kept = len(tokens) if max_seq_len is None else min(len(tokens), max_seq_len)
-    text, starts = vocabulary.spell(tokens)
-    special = np.fromiter((t in vocabulary.special_ids for t in tokens), bool, len(tokens))
-    limit = int(starts[kept])
-    byte_tags = Tags(np.full(limit, TokenClass.IGNORED, np.uint8), np.full(limit, -1, np.int32))
-    token_class = np.full(kept, TokenClass.IGNORED, np.uint8)
-    call = 0
-    turns = _find_turns(messages, text, starts, special, np.asarray(mask))
-    for turn in turns:
-        end = min(turn.end, limit)
-        if turn.start >= end:
-            continue
-        if turn.role == "assistant":
-            tags, call = tag_turn(text[turn.start : end], truncated=end < turn.end, markers=markers, first_call=call)
-            byte_tags.classes[turn.start : end] = tags.classes
-            byte_tags.calls[turn.start : end] = tags.calls
-        else:
-            byte_tags.classes[turn.start : end] = TokenClass.REASONING
-    folded = tags_per_token(byte_tags, starts[:kept])
-    token_class[:] = folded.classes
-    for turn in turns:  # the white space after the text and the end-of-turn token
-        after = int(np.searchsorted(starts, turn.end, side="left"))
-        token_class[after : min(turn.stop_token, kept)] = TokenClass.SPECIAL
-    return Encoded(np.asarray(tokens[:kept], np.int32), token_class, folded.calls, len(tokens) - kept)
+@dataclass
+class ConversationEncoder:
+    """Tokenizes, cuts to `max_seq_len`, and classes every token of every message that is not masked."""
 
+    tokenizer: Any
+    vocabulary: Vocabulary
+    max_seq_len: int | None = None
+    markers: CallMarkers = field(default_factory=CallMarkers)
 
-def _tokenize_whole(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens without the tokenizer's own truncation, which would train a stop token in mid-sentence."""
-    unlimited = copy.copy(tokenizer)
-    unlimited.max_seq_len = None
-    return unlimited.tokenize_messages(list(messages))
+    def __post_init__(self) -> None:
+        # Its own truncation would train a stop token in mid-sentence.
+        self._unlimited = copy.copy(self.tokenizer)
+        self._unlimited.max_seq_len = None
+        self._frame = cache(self._measure_frame)
 
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        tokens, turns = self._tokens_and_turns(messages)
+        kept = len(tokens) if self.max_seq_len is None else min(len(tokens), self.max_seq_len)
+        classes = np.full(kept, TokenClass.IGNORED, np.uint8)
+        calls = np.full(kept, -1, np.int32)
+        call = 0
+        for turn in turns:
+            classes[turn.end : turn.stop] = TokenClass.SPECIAL
+            part = slice(turn.start, min(turn.end, kept))
+            if part.start >= part.stop:
+                continue
+            classes[part] = TokenClass.REASONING
+            if turn.role == "assistant":
+                text, starts = self.vocabulary.spell(tokens[part])
+                tags, call = tag_turn(text, truncated=turn.end > kept, markers=self.markers, first_call=call)
+                folded = tags_per_token(tags, starts[:-1])
+                classes[part], calls[part] = folded.classes, folded.calls
+        return Encoded(np.asarray(tokens[:kept], np.int32), classes, calls, len(tokens) - kept)
 
-def _find_turns(
-    messages: Sequence[Message], text: bytes, starts: np.ndarray, special: np.ndarray, mask: np.ndarray
-) -> list[_Turn]:
-    """Locate every unmasked message's text, in order, inside the runs of tokens the tokenizer left unmasked."""
-    runs = _unmasked_runs(mask)
-    turns: list[_Turn] = []
-    run_number, cursor = 0, 0
-    for number, message in enumerate(messages):
-        if message.masked:
-            continue
-        while run_number < len(runs):
-            first, last = runs[run_number]
-            cursor = max(cursor, int(starts[first]))
-            found = _find_content(message.text_content, text, starts, special, cursor, last)
-            if found is not None:
+    def _tokens_and_turns(self, messages: Sequence[Message]) -> tuple[list[int], list[_Turn]]:
+        trained = [i for i, message in enumerate(messages) if not message.masked]
+        # Messages in a row share one run of the mask; showing every second one at a time keeps them apart.
+        regions: dict[int, tuple[int, int]] = {}
+        tokens: list[int] = []
+        for shown in (trained[::2], trained[1::2]):
+            tokens, mask = self._tokenize(messages, set(shown))
+            regions |= zip(shown, _runs(mask, len(shown)), strict=True)
+        turns = [self._turn(messages, i, tokens, regions[i]) for i in trained]
+        return tokens, turns
+
+    def _turn(self, messages: Sequence[Message], i: int, tokens: list[int], region: tuple[int, int]) -> _Turn:
+        before = messages[i - 1].role if i else None
+        header, footer = self._frame(messages[i].role, before, i == len(messages) - 1)
+        start, end = region[0] + header, region[1] - footer
+        stop = end
+        for position in range(end, region[1]):  # white space, then the first control token
+            if tokens[position] in self.vocabulary.special_ids:
+                stop = position + 1
                 break
-            run_number += 1
-        else:
-            raise UserError(
-                f"message {number}: its text does not come back from the tokenizer's tokens, so its tokens cannot be "
-                "classed exactly. Set enable_token_classification=False to train without classes."
-            )
-        start, end, stop_token = found
-        turns.append(_Turn(start, end, stop_token, message.role))
-        cursor = int(starts[stop_token])
-    return turns
+        return _Turn(start, end, stop, messages[i].role)
+
+    def _measure_frame(self, role: Any, before: Any, is_last: bool) -> tuple[int, int]:
+        """How many tokens stand before and after the text of a `role` message in this place."""
+        around = [Message(role=before, content="x", masked=True)] if before else []
+        after = [] if is_last else [Message(role="user", content="x", masked=True)]
+        probes = []
+        for text in ("", "x"):
+            conversation = [*around, Message(role=role, content=text, masked=False), *after]
+            tokens, mask = self._tokenize(conversation, {len(around)})
+            ((start, end),) = _runs(mask, 1)
+            probes.append(tokens[start:end])
+        empty, filled = probes
+        header = next((n for n, (a, b) in enumerate(zip(empty, filled, strict=False)) if a != b), len(empty))
+        return header, len(empty) - header
+
+    def _tokenize(self, messages: Sequence[Message], shown: set[int]) -> tuple[list[int], list[bool]]:
+        masked = [copy.copy(message) for message in messages]
+        for i, message in enumerate(masked):
+            message.masked = i not in shown
+        try:
+            return self._unlimited.tokenize_messages(masked)
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+            raise UserError(f"{type(self.tokenizer).__name__} refuses it: {error}") from error
 
 
-def _unmasked_runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate(([True], mask, [True]))))
-    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _find_content(
-    content: str, text: bytes, starts: np.ndarray, special: np.ndarray, cursor: int, last: int
-) -> tuple[int, int, int] | None:
-    """Find `content` in text[cursor : starts[last]] where nothing but white space stands between it and a special
-    token or the end of the run; returns its first byte, its end, and the token after the end-of-turn token."""
-    limit = int(starts[last])
-    for candidate in _spellings(content):
-        position = cursor
-        while (start := text.find(candidate, position, limit)) >= 0:
-            position = start + 1
-            end = start + len(candidate)
-            token = int(np.searchsorted(starts, start, side="right")) - 1
-            if special[token] and starts[token] != start:
-                continue  # inside the spelling of a special token
-            after = end
-            while after < limit and text[after : after + 1].isspace():
-                after += 1
-            if after == limit:
-                return start, end, last
-            next_token = int(np.searchsorted(starts, after, side="left"))
-            if starts[next_token] == after and special[next_token]:
-                return start, end, next_token + 1
-    return None
-
-
-def _spellings(content: str) -> list[bytes]:
-    """What a tokenizer may make of a text before encoding it: itself, composed (NFC), without outer white space."""
-    forms = [content, unicodedata.normalize("NFC", content)]
-    forms += [form.strip() for form in forms]
-    return list(dict.fromkeys(form.encode("utf-8", "surrogatepass") for form in forms if form))
+def _runs(mask: Sequence[bool], num_runs: int) -> list[tuple[int, int]]:
+    """Where the mask is open, as `num_runs` half-open intervals."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([True], np.asarray(mask, bool), [True]))))
+    runs = [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    if len(runs) != num_runs:
+        if num_runs == 1 and not runs:
+            return [(len(mask), len(mask))]  # an empty message without a frame
+        raise UserError(
+            f"the tokenizer shows {len(runs)} of {num_runs} trained messages; its mask does not tell them apart"
+        )
+    return runs

@@ -10,6 +10,7 @@ from typing import Any
 from torchtune.data import Message
 from torchtune.models.llama3 import Llama3Tokenizer
 
+from torchtune_agent.data.templates import ChatTemplateTokenizer
 from torchtune_agent.errors import UserError
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -40,6 +41,8 @@ def _check_message(number: int, message: Any) -> None:
     content = message.get("content")
     if not isinstance(content, str):
         raise UserError(f"message {number} ({message['role']}): content must be text, found {type(content).__name__}")
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise UserError(f"message {number} ({message['role']}): content has half a surrogate pair, which is no text")
     if message["role"] == "assistant" and not content.strip():
         raise UserError(f"message {number}: the assistant's content is empty")
 
@@ -47,10 +50,10 @@ def _check_message(number: int, message: Any) -> None:
 def to_torchtune(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Message]:
     """torchtune messages in which only the assistant's are trained.
 
-    torchtune's templates other than Llama 3's have no role for a tool's answer. There it becomes a user turn
+    A chat template and Llama 3 have a role for a tool answer. In torchtune templates without, it becomes a user turn
     in <tool_response> tags, one turn for all answers in a row, as the Qwen chat templates write it.
     """
-    has_tool_role = isinstance(tokenizer, Llama3Tokenizer)
+    has_tool_role = isinstance(tokenizer, (Llama3Tokenizer, ChatTemplateTokenizer))
     result: list[Message] = []
     answers: list[str] = []
     for message in [*messages, None]:

@@ -6,6 +6,7 @@ dates. A line that cannot be read stops the run before its first step, with the 
 
 import glob
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def _read_file(path: Path) -> Iterator[Record]:
 
 def _first_byte(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(1024).lstrip()[:1]
+        return file.read(1024).removeprefix(BOM_UTF8).lstrip()[:1]
 
 
 def _read_array(path: Path, content: bytes) -> Iterator[Record]:

@@ -4,6 +4,7 @@ Works on bytes, so multibyte text and tags split across tokens cannot shift anyt
 every search moves forward. One meaning for the odd cases:
 
 - A block runs from the start token to the first end token after it; blocks do not nest.
+- A start token without a name (`<function=>`) is plain text.
 - A start token without an end token is plain text in a whole turn. Where the turn was cut by a length
   limit, the block was cut too, and everything to the end is a tool call.
 - Inside a block, `<function=NAME>` and `<parameter=NAME>VALUE</parameter>` are told apart; one line break
@@ -58,7 +59,7 @@ def tag_turn(
         start, end = block
         tags.classes[start:end] = TokenClass.CALL_SYNTAX
         tags.calls[start:end] = call
-        _tag_names_and_values(text, start, end, tags.classes)
+        _tag_names_and_values(text, start, end, markers, tags.classes)
         call, position = call + 1, end
     return tags, call
 
@@ -77,15 +78,18 @@ def _next_block(text: bytes, position: int, markers: CallMarkers, truncated: boo
     return None
 
 
-def _tag_names_and_values(text: bytes, start: int, end: int, classes: np.ndarray) -> None:
+def _tag_names_and_values(text: bytes, start: int, end: int, markers: CallMarkers, classes: np.ndarray) -> None:
     """Mark the function name, and every parameter's name and value, of the block text[start:end]."""
+    for closing_tag in (markers.end.encode(), _FUNCTION_END):
+        if text.endswith(closing_tag, start, end):
+            end -= len(closing_tag)  # names and values end before the tags that close the block
     position = _tag_name(text, text.find(_FUNCTION, start, end), _FUNCTION, end, TokenClass.CALL_NAME, classes)
     if position < 0:
         position = start
     while (opening := text.find(_PARAMETER, position, end)) >= 0:
         value = _tag_name(text, opening, _PARAMETER, end, TokenClass.ARG_NAME, classes)
         closing = text.find(_PARAMETER_END, value, end)
-        stop = closing if closing >= 0 else _value_limit(text, value, end)
+        stop = closing if closing >= 0 else end
         position = stop
         if text[value : value + 1] == b"\n":
             value += 1
@@ -105,12 +109,6 @@ def _tag_name(text: bytes, opening: int, tag: bytes, end: int, name_class: Token
     stop = stop if stop >= 0 else end
     classes[name:stop] = name_class
     return min(stop + 1, end)
-
-
-def _value_limit(text: bytes, value: int, end: int) -> int:
-    """The end of an unclosed value: the block's closing tag, or the cut."""
-    closing = text.rfind(_FUNCTION_END, value, end)
-    return closing if closing >= 0 else end
 
 
 def tags_per_token(tags: Tags, starts: np.ndarray) -> Tags:

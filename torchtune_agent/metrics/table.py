@@ -48,14 +48,16 @@ def token_statistics(logits: torch.Tensor, labels: torch.Tensor, entropy_k: int 
     largest = p.topk(min(max(*TOP_K, entropy_k), p.shape[-1]), dim=-1).values  # [tokens, k]
     mass = largest.cumsum(-1).clamp(max=1.0)
     top1 = largest[:, :1]
+    nll = -log_p.gather(1, labels[:, None])[:, 0]
+    correct = (logits.argmax(-1) == labels).to(p.dtype)
     columns = [
-        torch.ones_like(top1[:, 0]),
-        -log_p.gather(1, labels[:, None])[:, 0],
+        torch.ones_like(nll),
+        nll,
         _entropy(torch.cat([top1, 1 - top1], -1)) / math.log(2),
         _entropy(torch.cat([largest[:, :entropy_k], 1 - mass[:, :entropy_k][:, -1:]], -1)),
         torch.special.entr(p).sum(-1),
         *(mass[:, min(k, mass.shape[1]) - 1] for k in TOP_K),
-        (logits.argmax(-1) == labels).to(p.dtype),
+        torch.where(nll.isnan(), nll, correct),  # the argmax of NaN is no prediction
     ]
     return torch.stack(columns, -1)
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from torchtune_agent.config import check_keys, resolved
 from torchtune_agent.errors import UserError
+from torchtune_agent.metrics.table import TOP_K
 
 COMPONENT_KEYS = {
     "model",
@@ -115,6 +116,8 @@ class Settings(BaseModel):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key}={value}: must be at least 1.")
+        if not 1 <= self.entropy_k <= max(TOP_K):
+            raise UserError(f"entropy_k={self.entropy_k}: must be between 1 and {max(TOP_K)}.")
         if self.clip_grad_norm is not None and not float(self.clip_grad_norm) > 0:
             raise UserError(f"clip_grad_norm={self.clip_grad_norm}: must be above 0 ('inf' only measures the norm).")
 
