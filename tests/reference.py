@@ -140,3 +140,43 @@ def train(
         if on_step is not None:
             on_step(number, seen)
     return losses
+
+
+def tag_by_decoding_every_token(
+    tokens: Sequence[int],
+    decode: Callable[[list[int]], str],
+    blocks_of: Callable[[str], list[tuple[int, int, TokenClass]]],
+) -> list[TokenClass]:
+    """The slow way to class tokens: decode each alone, add up lengths, look through all blocks for every token.
+
+    Wrong, too, where a token holds part of a character: it is here to compare speeds with.
+    """
+    pieces = [decode([token]) for token in tokens]
+    blocks = blocks_of("".join(pieces))
+    classes, position = [], 0
+    for piece in pieces:
+        kind = TokenClass.REASONING
+        for start, end, block_kind in blocks:
+            if start < position + len(piece) and position < end:
+                kind = max(kind, block_kind)
+        classes.append(kind)
+        position += len(piece)
+    return classes
+
+
+def call_blocks(text: str) -> list[tuple[int, int, TokenClass]]:
+    """Every call, name and value of the usual marked styles, by regular expressions."""
+    patterns = [
+        (r"<think>.*?</think>", 0, TokenClass.THINK),
+        (r"<function=[^>]+>.*?</function>", 0, TokenClass.CALL_SYNTAX),
+        (r"<tool_call>.*?</tool_call>", 0, TokenClass.CALL_SYNTAX),
+        (r"<function=([^>]+)>", 1, TokenClass.CALL_NAME),
+        (r"<parameter=([^>]+)>", 1, TokenClass.ARG_NAME),
+        (r"<parameter=[^>]+>\n?(.*?)\n?</parameter>", 1, TokenClass.ARG_VALUE),
+        (r'\{"name": "([^"]*)"', 1, TokenClass.CALL_NAME),
+    ]
+    return [
+        (*match.span(group), kind)
+        for pattern, group, kind in patterns
+        for match in re.finditer(pattern, text, re.DOTALL)
+    ]

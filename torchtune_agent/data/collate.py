@@ -23,10 +23,12 @@ class Batch:
     labels: torch.Tensor  # int64 [batch, sequence], already shifted, IGNORE_INDEX where nothing is trained
     token_class: torch.Tensor  # uint8 [batch, sequence], class of the label
     call_index: torch.Tensor  # int32 [batch, sequence], call of the label, unique within the batch, -1: none
+    weights: torch.Tensor  # float32 [batch, sequence], weight of the label in the loss, 0 where nothing is trained
     supervised: torch.Tensor  # int64 [num_supervised], flat positions with a label
     num_tokens: int  # without padding
     num_supervised: int
     num_samples: int
+    total_weight: float  # the sum of `weights`
     input_pos: torch.Tensor | None = None  # int64 [batch, sequence], where packed
     seq_lens: list[torch.Tensor] | None = None  # lengths of the documents in every row, where packed
 
@@ -60,6 +62,7 @@ class Collator:
         labels = np.full(shape, IGNORE_INDEX, np.int64)
         classes = np.zeros(shape, np.uint8)
         calls = np.full(shape, -1, np.int32)
+        weights = np.zeros(shape, np.float32)
         positions = np.zeros(shape, np.int64)
         next_call = 0
         for r, row in enumerate(rows):
@@ -71,8 +74,10 @@ class Collator:
                 shifted = slice(at, at + size - 1)
                 labels[r, shifted] = np.asarray(sample["labels"])[1:]
                 classes[r, shifted] = self._classes(sample)[1:]
+                weights[r, shifted] = sample["weights"][1:] if "weights" in sample else 1.0
                 next_call = _place_calls(calls[r, shifted], sample, next_call)
                 at += size
+        weights[labels == IGNORE_INDEX] = 0.0
         flat = torch.from_numpy(labels).flatten()
         supervised = (flat != IGNORE_INDEX).nonzero().squeeze(1)
         return Batch(
@@ -80,10 +85,12 @@ class Collator:
             labels=torch.from_numpy(labels),
             token_class=torch.from_numpy(classes),
             call_index=torch.from_numpy(calls),
+            weights=torch.from_numpy(weights),
             supervised=supervised,
             num_tokens=sum(lengths),
             num_supervised=len(supervised),
             num_samples=sum(len(row) for row in rows),
+            total_weight=float(weights.sum(dtype=np.float64)),
             input_pos=torch.from_numpy(positions) if self.pack_to else None,
             seq_lens=[_seq_lens(row, width) for row in rows or [[]]] if self.pack_to else None,
         )

@@ -5,103 +5,167 @@ listed before the first step, and the number of steps is known.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
-from torchtune.data import Message
 from tqdm import tqdm
 
-from torchtune_agent.config import instantiate
-from torchtune_agent.data.encode import ConversationEncoder, Encoded
-from torchtune_agent.data.messages import read_messages, to_torchtune
-from torchtune_agent.data.sources import read_records
-from torchtune_agent.data.tagging import CallMarkers
+from torchtune_agent.config import component, instantiate
+from torchtune_agent.data.conversation import Conversation
+from torchtune_agent.data.encode import (
+    ChatTemplateEncoder,
+    Classifier,
+    Encoded,
+    MaskEncoder,
+    TorchtuneEncoder,
+    scale_classes,
+)
+from torchtune_agent.data.formats import FORMATS, convert, detect, rename_columns
+from torchtune_agent.data.quarantine import DataReport
+from torchtune_agent.data.reasons import BadRecord
+from torchtune_agent.data.served import TrainOn
+from torchtune_agent.data.sources import Record, read_records
+from torchtune_agent.data.store import TokenStore
+from torchtune_agent.data.tagging import CallMarkers, call_styles
+from torchtune_agent.data.templates import ChatTemplateTokenizer
 from torchtune_agent.data.token_class import REASONING_CLASSES, TOOL_CALL_CLASSES, TokenClass
 from torchtune_agent.data.token_text import vocabulary
+from torchtune_agent.data.validate import check
+from torchtune_agent.data.windows import windows
 from torchtune_agent.distributed import rank_from_environment
-from torchtune_agent.errors import UserError
+from torchtune_agent.errors import UserError, did_you_mean
 
 IGNORE_INDEX = -100
-_NUM_LISTED = 5  # untrainable records named on screen; all are counted
+OverLong = Literal["right", "drop", "turns"]
 
 
 class AgentSFTTransform:
-    """One record to one sample: `tokens`, `labels`, `mask`, `token_class`, `call_index`, and the spec's two masks.
+    """One record to its sample: `tokens`, `labels`, `mask`, `token_class`, `call_index`, `weights`, and the spec's
+    `reasoning_mask` and `tool_call_mask`.
 
     Args:
         tokenizer: any torchtune tokenizer, or `chat_template_tokenizer`.
-        message_transform: a torchtune message transform, or its config; by default `messages` in OpenAI form.
+        format: how records are written: a name of `FORMATS`, "auto", or the dotted path of a function.
+        column_map: renames columns before they are read: {the format's name: the file's name}.
+        message_transform: a torchtune message transform, or its config, instead of a format.
         enable_token_classification: tell calls and reasoning apart.
+        train_on: "all" assistant turns, the "last", or only those with `train: true` ("explicit").
         train_on_tool_calls_only: train only the tokens of tool calls (and the end of turns that have one).
         train_on_reasoning_only: train only the tokens outside of tool calls (and the end of turns that have one).
-        tool_call_start_token: the text that opens a tool call.
-        tool_call_end_token: the text that closes it.
-        max_seq_len: cut conversations to this many tokens; the tokenizer's `max_seq_len` holds as well.
+        class_weights: {class: weight} of the loss, for example {arg_value: 2.0}.
+        call_style: how calls are written in the assistant's text: a name of `tagging.STYLES`, "auto", or a dotted path.
+        tool_call_start_token, tool_call_end_token: the texts that open and close a call, instead of a style.
+        max_seq_len: the most tokens in a sample; the tokenizer's `max_seq_len` holds as well.
+        over_long: what becomes of longer ones: cut on the "right", "drop", or windows of whole "turns".
     """
 
     def __init__(
         self,
         tokenizer: Any,
         *,
+        format: str = "auto",
+        column_map: Mapping[str, str] | None = None,
         message_transform: Any = None,
         enable_token_classification: bool = True,
+        train_on: TrainOn = "all",
         train_on_tool_calls_only: bool = False,
         train_on_reasoning_only: bool = False,
-        tool_call_start_token: str = "<function=",
-        tool_call_end_token: str = "</function>",
+        class_weights: Mapping[str, float] | None = None,
+        call_style: str = "auto",
+        tool_call_start_token: str | None = None,
+        tool_call_end_token: str | None = None,
         max_seq_len: int | None = None,
+        over_long: OverLong = "right",
     ) -> None:
-        only = [
-            ("train_on_tool_calls_only", train_on_tool_calls_only),
-            ("train_on_reasoning_only", train_on_reasoning_only),
-        ]
-        chosen = [name for name, on in only if on]
-        if len(chosen) == 2:
-            raise UserError(
-                "dataset: train_on_tool_calls_only and train_on_reasoning_only leave nothing. Set one of them."
-            )
-        if chosen and not enable_token_classification:
-            raise UserError(f"dataset.{chosen[0]}: needs enable_token_classification=True.")
+        _one_of("train_on", train_on, ("all", "last", "explicit"))
+        _one_of("over_long", over_long, ("right", "drop", "turns"))
         if max_seq_len is not None and max_seq_len < 1:
             raise UserError(f"dataset.max_seq_len={max_seq_len}: must be at least 1.")
         limits = [limit for limit in (max_seq_len, tokenizer.max_seq_len) if limit is not None]
-        self._tokenizer = tokenizer
-        self._max_seq_len = min(limits, default=None)
+        self.max_seq_len: int | None = min(limits, default=None)
+        self._over_long = over_long
+        self._weights = _class_weights(
+            class_weights, train_on_tool_calls_only, train_on_reasoning_only, enable_token_classification
+        )
+        self._format = format if format == "auto" or format in FORMATS else _format_of_user(format)
+        self._column_map = dict(column_map or {})
         self._message_transform = (
             instantiate(message_transform, "dataset.message_transform")
             if isinstance(message_transform, Mapping)
             else message_transform
         )
-        markers = CallMarkers(tool_call_start_token, tool_call_end_token)
-        self._encoder: ConversationEncoder | None = None
-        if enable_token_classification:
-            self._encoder = ConversationEncoder(tokenizer, vocabulary(tokenizer), self._max_seq_len, markers)
-        self._dropped: tuple[TokenClass, ...] = ()
-        if train_on_tool_calls_only:
-            self._dropped = REASONING_CLASSES
-        elif train_on_reasoning_only:
-            self._dropped = TOOL_CALL_CLASSES
+        self._classified = enable_token_classification
+        markers = _markers(tool_call_start_token, tool_call_end_token)
+        style = "custom" if markers else call_style
+        call_styles(style, markers)  # refuses an unknown one
+        self._encoder = self._make_encoder(tokenizer, train_on, style, markers, None)
+        self._cutting_encoder = self._make_encoder(tokenizer, train_on, style, markers, self.max_seq_len)
 
-    def encode(self, record: Mapping[str, Any]) -> Encoded:
-        """The tokens of one record and the class of each."""
-        messages = self._messages(record)
-        if self._encoder is None:
-            return _encode_without_classes(messages, self._tokenizer, self._max_seq_len)
-        encoded = self._encoder.encode(messages)
-        if self._dropped:
-            _drop_classes(encoded, self._dropped)
-        return encoded
+    def _make_encoder(
+        self, tokenizer: Any, train_on: TrainOn, style: str, markers: CallMarkers | None, limit: int | None
+    ) -> ChatTemplateEncoder | TorchtuneEncoder | MaskEncoder:
+        chat = isinstance(tokenizer, ChatTemplateTokenizer) and self._message_transform is None
+        if not self._classified and not chat:
+            return MaskEncoder(tokenizer, train_on, limit)
+        classifier = Classifier(vocabulary(tokenizer), limit, style, markers)
+        return (ChatTemplateEncoder if chat else TorchtuneEncoder)(tokenizer, classifier, train_on)
 
-    def _messages(self, record: Mapping[str, Any]) -> list[Message]:
+    def encode(self, record: Mapping[str, Any]) -> tuple[list[Encoded], str]:
+        """The samples of one record and the format it was read as; BadRecord where there are none."""
+        record = rename_columns(record, self._column_map)
         if self._message_transform is not None:
-            return self._message_transform(record)["messages"]
-        return to_torchtune(read_messages(record), self._tokenizer)
+            assert not isinstance(self._cutting_encoder, ChatTemplateEncoder)
+            messages = self._message_transform(record)["messages"]
+            return self._finished(self._cutting_encoder.encode_messages(messages)), "messages"
+        name = detect(record) if self._format == "auto" else self._format
+        conversation = convert(record, name)
+        check(conversation)
+        return self.encode_conversation(conversation), name if isinstance(name, str) else name.__name__
+
+    def encode_conversation(self, conversation: Conversation) -> list[Encoded]:
+        """The samples of a conversation that is known to be sound; BadRecord where nothing in it can be trained."""
+        return self._finished(self._samples(conversation))
+
+    def _samples(self, conversation: Conversation) -> list[Encoded]:
+        limit = self.max_seq_len
+        if limit is None or self._over_long == "right":
+            return self._cutting_encoder.encode(conversation)
+        whole = self._encoder.encode(conversation)
+        if all(len(sample.tokens) <= limit for sample in whole):
+            return whole
+        longest = max(len(sample.tokens) for sample in whole)
+        if self._over_long == "drop":
+            raise BadRecord("too_long", f"{longest:,} tokens, more than max_seq_len={limit:,}")
+
+        def fits(part: Conversation) -> bool:
+            return all(len(sample.tokens) <= limit for sample in self._encoder.encode(part))
+
+        return [sample for part in windows(conversation, fits) for sample in self._cutting_encoder.encode(part)]
+
+    def _finished(self, samples: list[Encoded]) -> list[Encoded]:
+        """Samples with their class weights, without those that have nothing to train."""
+        for sample in samples:
+            if not self._classified:
+                trained = np.isin(sample.token_class, REASONING_CLASSES + TOOL_CALL_CLASSES)
+                sample.token_class[trained] = TokenClass.REASONING
+                sample.call_index[:] = -1
+            scale_classes(sample, self._weights)
+            if self._weights:
+                _drop_empty_ends(sample)
+        kept = [sample for sample in samples if (sample.token_class[1:] != TokenClass.IGNORED).any()]
+        if kept:
+            return kept
+        if any(sample.num_cut for sample in samples):
+            raise BadRecord("too_long", f"no token to train within max_seq_len={self.max_seq_len}")
+        raise BadRecord("nothing_to_train", "no token to train")
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        return as_sample(self.encode(record))
+        samples, _ = self.encode(record)
+        if len(samples) > 1:
+            raise UserError(f"this record makes {len(samples)} samples; use AgentSFTTransform.encode, which gives all.")
+        return as_sample(samples[0])
 
 
 def as_sample(encoded: Encoded) -> dict[str, Any]:
@@ -113,85 +177,73 @@ def as_sample(encoded: Encoded) -> dict[str, Any]:
         "mask": ~trained,
         "token_class": encoded.token_class,
         "call_index": encoded.call_index,
+        "weights": encoded.weights,
         "reasoning_mask": np.isin(encoded.token_class, REASONING_CLASSES),
         "tool_call_mask": np.isin(encoded.token_class, TOOL_CALL_CLASSES),
     }
 
 
-def _encode_without_classes(messages: list[Message], tokenizer: Any, max_seq_len: int | None) -> Encoded:
-    """Torchtune's own mask, every trained token in one class."""
-    tokens, mask = tokenizer.tokenize_messages(messages)
-    kept = len(tokens) if max_seq_len is None else min(len(tokens), max_seq_len)
-    classes = np.where(np.asarray(mask[:kept]), TokenClass.IGNORED, TokenClass.REASONING).astype(np.uint8)
-    return Encoded(np.asarray(tokens[:kept], np.int32), classes, np.full(kept, -1, np.int32), len(tokens) - kept)
+def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"dataset.{key}={value}: {did_you_mean(str(value), known)}")
 
 
-def _drop_classes(encoded: Encoded, dropped: tuple[TokenClass, ...]) -> None:
-    """Stop training `dropped`, and the end of every turn that has nothing else left to train."""
+def _format_of_user(path: str) -> Any:
+    if "." not in path:
+        raise UserError(f"dataset.format={path}: no such format. {did_you_mean(path, [*FORMATS, 'auto'])}")
+    return component(path, "dataset.format")
+
+
+def _markers(start: str | None, end: str | None) -> CallMarkers | None:
+    if start is None and end is None:
+        return None
+    return CallMarkers(start or "<function=", end or "</function>")
+
+
+def _class_weights(
+    weights: Mapping[str, float] | None, calls_only: bool, reasoning_only: bool, classified: bool
+) -> dict[TokenClass, float]:
+    """The weight of every class that does not weigh 1; "only" means that the other classes weigh nothing."""
+    names = {kind.name.lower(): kind for kind in TokenClass if kind is not TokenClass.IGNORED}
+    result: dict[TokenClass, float] = {}
+    for name, weight in (weights or {}).items():
+        if name not in names:
+            raise UserError(f"dataset.class_weights.{name}: no such class. {did_you_mean(name, names)}")
+        if weight < 0:
+            raise UserError(f"dataset.class_weights.{name}={weight}: must be 0 or more.")
+        result[names[name]] = float(weight)
+    if calls_only and reasoning_only:
+        raise UserError("dataset: train_on_tool_calls_only and train_on_reasoning_only leave nothing. Set one of them.")
+    if calls_only or reasoning_only:
+        result |= dict.fromkeys(REASONING_CLASSES if calls_only else TOOL_CALL_CLASSES, 0.0)
+    if result and not classified:
+        raise UserError("dataset: weights and choices of classes need enable_token_classification=True.")
+    return result
+
+
+def _drop_empty_ends(encoded: Encoded) -> None:
+    """Stop training the end of every turn that has nothing else left to train."""
     classes = encoded.token_class
-    classes[np.isin(classes, dropped)] = TokenClass.IGNORED
-    encoded.call_index[classes == TokenClass.IGNORED] = -1
     alive = False
     for i, kind in enumerate(classes):
         if kind == TokenClass.SPECIAL:
             if not alive:
-                classes[i] = TokenClass.IGNORED
+                classes[i], encoded.weights[i] = TokenClass.IGNORED, 0.0
             alive = alive and i + 1 < len(classes) and classes[i + 1] == TokenClass.SPECIAL
         elif kind != TokenClass.IGNORED:
             alive = True
 
 
-@dataclass
-class DataReport:
-    """What became of the records read: every one is trained, or counted here with its reason."""
-
-    num_read: int = 0
-    num_trained: int = 0
-    num_cut: int = 0
-    num_tokens: int = 0
-    num_supervised: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    def leave_out(self, where: str, reason: str) -> None:
-        self.left_out[reason] += 1
-        if len(self.examples) < _NUM_LISTED:
-            self.examples.append(f"{where}: {reason}")
-
-    def __add__(self, other: "DataReport") -> "DataReport":
-        return DataReport(
-            self.num_read + other.num_read,
-            self.num_trained + other.num_trained,
-            self.num_cut + other.num_cut,
-            self.num_tokens + other.num_tokens,
-            self.num_supervised + other.num_supervised,
-            self.left_out + other.left_out,
-            (self.examples + other.examples)[:_NUM_LISTED],
-        )
-
-    def lines(self) -> list[str]:
-        share = self.num_supervised / max(1, self.num_tokens)
-        lines = [
-            f"{self.num_trained:,} conversations, {self.num_tokens:,} tokens, "
-            f"{self.num_supervised:,} of them trained ({share:.0%})"
-        ]
-        if self.num_cut:
-            lines.append(f"{self.num_cut:,} conversations cut to max_seq_len")
-        lines += [f"{count:,} of {self.num_read:,} records left out: {why}" for why, count in self.left_out.items()]
-        return lines + [f"  {example}" for example in self.examples]
-
-
 class AgentSFTDataset(Dataset):
-    """Conversations for supervised fine-tuning, every token tagged as reasoning or tool call.
+    """Conversations for supervised fine-tuning, every token tagged as reasoning or part of a tool call.
 
     Args:
         tokenizer: any torchtune tokenizer, or `chat_template_tokenizer`.
-        source: "json" (JSON Lines or a JSON list in `data_files`), records in memory, or a name for
-            `datasets.load_dataset`.
-        data_files: path, glob, or list of them.
+        source: "json" (the files in `data_files`), records in memory, or a name for `datasets.load_dataset`.
+        data_files: files (JSON Lines, JSON, Parquet; also gzip and zstd), globs, folders, or a list of them.
         split: which split, for named sources.
-        packed: read by the recipe, whose loader packs conversations into sequences of the tokenizer's max_seq_len.
-        column_map: {"messages": name of the column that holds them}.
+        packed: read by the recipe, whose loader packs samples into sequences of the tokenizer's max_seq_len.
+        max_bad_fraction: stop where more than this share of the records cannot be trained on.
         load_dataset_kwargs: further arguments of `datasets.load_dataset`.
 
     The other arguments are those of `AgentSFTTransform`.
@@ -205,65 +257,79 @@ class AgentSFTDataset(Dataset):
         data_files: str | Sequence[str] | None = None,
         split: str = "train",
         packed: bool = False,
-        message_transform: Any = None,
+        format: str = "auto",
         column_map: Mapping[str, str] | None = None,
+        message_transform: Any = None,
         enable_token_classification: bool = True,
+        train_on: TrainOn = "all",
         train_on_tool_calls_only: bool = False,
         train_on_reasoning_only: bool = False,
-        tool_call_start_token: str = "<function=",
-        tool_call_end_token: str = "</function>",
+        class_weights: Mapping[str, float] | None = None,
+        call_style: str = "auto",
+        tool_call_start_token: str | None = None,
+        tool_call_end_token: str | None = None,
         max_seq_len: int | None = None,
+        over_long: OverLong = "right",
+        max_bad_fraction: float = 0.01,
         load_dataset_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.report = DataReport()
-        self._transform = AgentSFTTransform(
+        self.has_token_classes = enable_token_classification
+        self.transform = AgentSFTTransform(
             tokenizer,
+            format=format,
+            column_map=column_map,
             message_transform=message_transform,
             enable_token_classification=enable_token_classification,
+            train_on=train_on,
             train_on_tool_calls_only=train_on_tool_calls_only,
             train_on_reasoning_only=train_on_reasoning_only,
+            class_weights=class_weights,
+            call_style=call_style,
             tool_call_start_token=tool_call_start_token,
             tool_call_end_token=tool_call_end_token,
             max_seq_len=max_seq_len,
+            over_long=over_long,
         )
-        column = dict(column_map or {}).get("messages", "messages")
-        records = read_records(source, data_files, split, **dict(load_dataset_kwargs or {}))
-        self._samples = self._encode_all(records, column)
-
-    def _encode_all(self, records: Any, column: str) -> list[Encoded]:
-        samples: list[Encoded] = []
-        quiet = rank_from_environment() != 0
-        for record in tqdm(records, desc="Tokenizing", unit=" records", disable=quiet, leave=False, delay=1):
-            self.report.num_read += 1
-            data = record.data if column == "messages" else {**record.data, "messages": record.data.get(column)}
-            try:
-                encoded = self._transform.encode(data)
-            except UserError as error:
-                raise UserError(f"{record.where}: {str(error).rstrip('.')}.") from error
-            num_supervised = int((encoded.token_class[1:] != TokenClass.IGNORED).sum())
-            if num_supervised == 0:
-                self.report.leave_out(
-                    record.where, "no token to train" + (" within max_seq_len" if encoded.num_cut else "")
-                )
-                continue
-            samples.append(encoded)
-            self.report.num_trained += 1
-            self.report.num_cut += encoded.num_cut > 0
-            self.report.num_tokens += len(encoded.tokens)
-            self.report.num_supervised += num_supervised
-        return samples
+        records = read_records(source, data_files, split, load_dataset_kwargs)
+        samples, self.report = encode_records(records, self.transform)
+        self.report.check(max_bad_fraction)
+        self._store = TokenStore.in_memory(samples)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._store)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return as_sample(self._samples[index])
+        return as_sample(self._store[index])
 
     @property
     def lengths(self) -> list[int]:
         """Tokens in every sample."""
-        return [len(sample.tokens) for sample in self._samples]
+        return self._store.lengths.tolist()
 
     @property
     def largest_token(self) -> int:
-        return max(int(sample.tokens.max()) for sample in self._samples)
+        return self._store.largest_token
+
+
+def encode_records(records: Iterable[Record], transform: AgentSFTTransform) -> tuple[list[Encoded], DataReport]:
+    """The samples of all records, and what became of every record."""
+    samples: list[Encoded] = []
+    report = DataReport()
+    quiet = rank_from_environment() != 0
+    for record in tqdm(records, desc="Tokenizing", unit=" records", disable=quiet, leave=False, delay=1):
+        report.num_read += 1
+        try:
+            if record.problem is not None:
+                raise record.problem
+            made, name = transform.encode(record.data)
+        except BadRecord as error:
+            report.leave_out(record.where, error, record.excerpt)
+            continue
+        report.num_trained += 1
+        report.formats += Counter([name])
+        report.num_samples += len(made)
+        report.num_cut += sum(sample.num_cut > 0 for sample in made)
+        report.num_tokens += sum(len(sample.tokens) for sample in made)
+        report.num_supervised += sum(int((s.token_class[1:] != TokenClass.IGNORED).sum()) for s in made)
+        samples.extend(made)
+    return samples, report

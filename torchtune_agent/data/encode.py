@@ -1,20 +1,26 @@
-"""From messages to tokens with a class on every one.
+"""From a conversation to samples: tokens with a class, a call and a weight on every one.
 
-A torchtune tokenizer renders a conversation its own way and says only which messages a token came from (its
-mask). What it puts around a message's own text, a header and an end-of-turn, is constant for the tokenizer,
-so it is measured once on short probes; what is left of a message's tokens is its text, whatever it says.
+Two encoders, one for each kind of tokenizer. A chat template says itself where every turn stands. A torchtune
+tokenizer says only which messages a token came from (its mask); what it puts around a message's own text, a
+header and an end-of-turn, is constant for the tokenizer, so it is measured once on short probes, and what is
+left of a message's tokens is its text, whatever it says.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from torchtune.data import Message
 
+from torchtune_agent.data.conversation import Conversation
+from torchtune_agent.data.messages import to_torchtune
+from torchtune_agent.data.reasons import BadRecord
+from torchtune_agent.data.served import TrainOn, chosen_turns
 from torchtune_agent.data.tagging import CallMarkers, tag_turn, tags_per_token
+from torchtune_agent.data.templates import ChatTemplateTokenizer
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.data.token_text import Vocabulary
 from torchtune_agent.errors import UserError
@@ -22,79 +28,119 @@ from torchtune_agent.errors import UserError
 
 @dataclass
 class Encoded:
-    """One conversation. All arrays have one entry per token; nothing is shifted yet."""
+    """One sample. All arrays have one entry per token; nothing is shifted yet."""
 
     tokens: np.ndarray  # int32
     token_class: np.ndarray  # uint8, TokenClass; IGNORED where not trained
     call_index: np.ndarray  # int32, -1 outside calls
+    weights: np.ndarray  # float32, 0 where not trained
     num_cut: int = 0  # tokens lost to the length limit
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A trained message in the token stream: text is tokens[start:end], its end-of-turn tokens[end:stop]."""
+class Turn:
+    """A trained message in the token stream: its text is tokens[start:end], its end-of-turn tokens[end:stop]."""
 
     start: int
     end: int
     stop: int
-    role: str
+    weight: float = 1.0
+    has_calls: bool = True  # False for a user's turn, whose text is never a call
 
 
-@dataclass
-class ConversationEncoder:
-    """Tokenizes, cuts to `max_seq_len`, and classes every token of every message that is not masked."""
+@dataclass(frozen=True)
+class Classifier:
+    """Cuts a sample to its length limit and classes the tokens of its turns."""
 
-    tokenizer: Any
     vocabulary: Vocabulary
     max_seq_len: int | None = None
-    markers: CallMarkers = field(default_factory=CallMarkers)
+    style: str = "auto"
+    markers: CallMarkers | None = None
 
-    def __post_init__(self) -> None:
-        # Its own truncation would train a stop token in mid-sentence.
-        self._unlimited = copy.copy(self.tokenizer)
-        self._unlimited.max_seq_len = None
-        self._frame = cache(self._measure_frame)
-
-    def encode(self, messages: Sequence[Message]) -> Encoded:
-        tokens, turns = self._tokens_and_turns(messages)
+    def __call__(self, tokens: Sequence[int], turns: Sequence[Turn]) -> Encoded:
         kept = len(tokens) if self.max_seq_len is None else min(len(tokens), self.max_seq_len)
         classes = np.full(kept, TokenClass.IGNORED, np.uint8)
         calls = np.full(kept, -1, np.int32)
+        weights = np.zeros(kept, np.float32)
         call = 0
         for turn in turns:
             classes[turn.end : turn.stop] = TokenClass.SPECIAL
+            weights[turn.start : turn.stop] = turn.weight
             part = slice(turn.start, min(turn.end, kept))
             if part.start >= part.stop:
                 continue
             classes[part] = TokenClass.REASONING
-            if turn.role == "assistant":
+            if turn.has_calls:
                 text, starts = self.vocabulary.spell(tokens[part])
-                tags, call = tag_turn(text, truncated=turn.end > kept, markers=self.markers, first_call=call)
+                cut = turn.end > kept
+                tags, call = tag_turn(text, truncated=cut, style=self.style, markers=self.markers, first_call=call)
                 folded = tags_per_token(tags, starts[:-1])
                 classes[part], calls[part] = folded.classes, folded.calls
-        return Encoded(np.asarray(tokens[:kept], np.int32), classes, calls, len(tokens) - kept)
+        return Encoded(np.asarray(tokens[:kept], np.int32), classes, calls, weights, len(tokens) - kept)
 
-    def _tokens_and_turns(self, messages: Sequence[Message]) -> tuple[list[int], list[_Turn]]:
+
+@dataclass(frozen=True)
+class ChatTemplateEncoder:
+    """For tokenizers with the model's own chat template: every turn in the context a server would have shown."""
+
+    tokenizer: ChatTemplateTokenizer
+    classify: Classifier
+    train_on: TrainOn = "all"
+
+    def encode(self, conversation: Conversation) -> list[Encoded]:
+        try:
+            samples = self.tokenizer.samples(conversation, train_on=self.train_on)
+        except UserError as error:
+            raise BadRecord("unsupported_content", str(error)) from error
+        result = []
+        for sample in samples:
+            turns = [
+                Turn(t.first_token, t.end_token, t.stop_token, conversation.messages[t.message].weight)
+                for t in sample.turns
+            ]
+            result.append(self.classify(sample.tokens, turns))
+        return result
+
+
+@dataclass
+class TorchtuneEncoder:
+    """For torchtune's own tokenizers. `messages_of` gives torchtune's messages, by default those of the record."""
+
+    tokenizer: Any
+    classify: Classifier
+    train_on: TrainOn = "all"
+
+    def __post_init__(self) -> None:
+        self._unlimited = _without_limit(self.tokenizer)
+        self._frame = cache(self._measure_frame)
+
+    def encode(self, conversation: Conversation) -> list[Encoded]:
+        messages, weights = to_torchtune(conversation, self.tokenizer, chosen_turns(conversation, self.train_on))
+        return self.encode_messages(messages, weights)
+
+    def encode_messages(self, messages: Sequence[Message], weights: Sequence[float] | None = None) -> list[Encoded]:
+        """The sample of torchtune messages, trained where they are not masked."""
         trained = [i for i, message in enumerate(messages) if not message.masked]
+        if not trained:
+            return []
         # Messages in a row share one run of the mask; showing every second one at a time keeps them apart.
         regions: dict[int, tuple[int, int]] = {}
         tokens: list[int] = []
         for shown in (trained[::2], trained[1::2]):
             tokens, mask = self._tokenize(messages, set(shown))
             regions |= zip(shown, _runs(mask, len(shown)), strict=True)
-        turns = [self._turn(messages, i, tokens, regions[i]) for i in trained]
-        return tokens, turns
+        turns = [self._turn(messages, i, tokens, regions[i], weights[i] if weights else 1.0) for i in trained]
+        return [self.classify(tokens, turns)]
 
-    def _turn(self, messages: Sequence[Message], i: int, tokens: list[int], region: tuple[int, int]) -> _Turn:
+    def _turn(
+        self, messages: Sequence[Message], i: int, tokens: list[int], region: tuple[int, int], weight: float
+    ) -> Turn:
         before = messages[i - 1].role if i else None
         header, footer = self._frame(messages[i].role, before, i == len(messages) - 1)
         start, end = region[0] + header, region[1] - footer
-        stop = end
-        for position in range(end, region[1]):  # white space, then the first control token
-            if tokens[position] in self.vocabulary.special_ids:
-                stop = position + 1
-                break
-        return _Turn(start, end, stop, messages[i].role)
+        special = self.classify.vocabulary.special_ids
+        stop = next((p + 1 for p in range(end, region[1]) if tokens[p] in special), end)  # through the end-of-turn
+        return Turn(start, end, stop, weight, has_calls=messages[i].role == "assistant")
 
     def _measure_frame(self, role: Any, before: Any, is_last: bool) -> tuple[int, int]:
         """How many tokens stand before and after the text of a `role` message in this place."""
@@ -114,10 +160,46 @@ class ConversationEncoder:
         masked = [copy.copy(message) for message in messages]
         for i, message in enumerate(masked):
             message.masked = i not in shown
-        try:
-            return self._unlimited.tokenize_messages(masked)
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            raise UserError(f"{type(self.tokenizer).__name__} refuses it: {error}") from error
+        return _tokenize(self._unlimited, masked)
+
+
+@dataclass(frozen=True)
+class MaskEncoder:
+    """Without classes: any torchtune tokenizer, and its own mask says what is trained."""
+
+    tokenizer: Any
+    train_on: TrainOn = "all"
+    max_seq_len: int | None = None
+
+    def encode(self, conversation: Conversation) -> list[Encoded]:
+        messages, _ = to_torchtune(conversation, self.tokenizer, chosen_turns(conversation, self.train_on))
+        return self.encode_messages(messages)
+
+    def encode_messages(self, messages: Sequence[Message]) -> list[Encoded]:
+        tokens, mask = _tokenize(_without_limit(self.tokenizer), messages)
+        kept = len(tokens) if self.max_seq_len is None else min(len(tokens), self.max_seq_len)
+        trained = ~np.asarray(mask[:kept], bool)
+        classes = np.where(trained, TokenClass.REASONING, TokenClass.IGNORED).astype(np.uint8)
+        no_call = np.full(kept, -1, np.int32)
+        return [
+            Encoded(
+                np.asarray(tokens[:kept], np.int32), classes, no_call, trained.astype(np.float32), len(tokens) - kept
+            )
+        ]
+
+
+def _without_limit(tokenizer: Any) -> Any:
+    """A copy that does not cut: torchtune's cut puts an end-of-sequence token in mid-sentence."""
+    unlimited = copy.copy(tokenizer)
+    unlimited.max_seq_len = None
+    return unlimited
+
+
+def _tokenize(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    try:
+        return tokenizer.tokenize_messages(list(messages))
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise BadRecord("unsupported_content", f"{type(tokenizer).__name__} refuses it: {error}") from error
 
 
 def _runs(mask: Sequence[bool], num_runs: int) -> list[tuple[int, int]]:
@@ -127,7 +209,15 @@ def _runs(mask: Sequence[bool], num_runs: int) -> list[tuple[int, int]]:
     if len(runs) != num_runs:
         if num_runs == 1 and not runs:
             return [(len(mask), len(mask))]  # an empty message without a frame
-        raise UserError(
-            f"the tokenizer shows {len(runs)} of {num_runs} trained messages; its mask does not tell them apart"
-        )
+        detail = f"the tokenizer's mask shows {len(runs)} of {num_runs} trained messages"
+        raise BadRecord("unsupported_content", detail)
     return runs
+
+
+def scale_classes(encoded: Encoded, class_weights: Mapping[TokenClass, float]) -> None:
+    """Multiply every token's weight by its class's; what weighs nothing is not trained."""
+    for kind, weight in class_weights.items():
+        encoded.weights[encoded.token_class == kind] *= weight
+    dropped = (encoded.weights == 0) & (encoded.token_class != TokenClass.IGNORED)
+    encoded.token_class[dropped] = TokenClass.IGNORED
+    encoded.call_index[dropped] = -1

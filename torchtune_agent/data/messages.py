@@ -1,69 +1,85 @@
-"""From a record to the messages a torchtune tokenizer renders.
+"""A conversation as messages for torchtune's own tokenizers, which know text and four roles.
 
-First version: `messages` in OpenAI form whose assistant text carries its calls as `<function=...>` blocks.
-Anything else is refused by name, so that nothing is trained that was not meant.
+What their templates have no place for is written out: calls as `<function=...>` blocks, reasoning in <think> tags,
+tools in the system message, and a tool's answer as a user turn in <tool_response> tags, one turn for all answers in a
+row, as the Qwen chat templates write it. Llama 3 has a role for the latter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from torchtune.data import Message
 from torchtune.models.llama3 import Llama3Tokenizer
 
-from torchtune_agent.data.templates import ChatTemplateTokenizer
-from torchtune_agent.errors import UserError
+from torchtune_agent.data import json_text
+from torchtune_agent.data.conversation import Conversation, Role, ToolCall
+from torchtune_agent.data.conversation import Message as ConversationMessage
+from torchtune_agent.data.reasons import BadRecord
 
-_ROLES = ("system", "user", "assistant", "tool")
-
-
-def read_messages(record: Mapping[str, Any], *, column: str = "messages") -> list[Mapping[str, str]]:
-    """Check a record's messages: a non-empty list of {role, content} with at least one assistant turn."""
-    messages = record.get(column)
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"'{column}' must be a non-empty list of messages, found {type(messages).__name__}")
-    for number, message in enumerate(messages):
-        _check_message(number, message)
-    if all(message["role"] != "assistant" for message in messages):
-        raise UserError(f"'{column}' has no assistant message, so there is nothing to train")
-    return list(messages)
+_TOOLS = "You can call these tools:\n{}\nTo call one, write:\n{}"
+_HOW = "<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>"
 
 
-def _check_message(number: int, message: Any) -> None:
-    if not isinstance(message, Mapping):
-        raise UserError(f"message {number} is a {type(message).__name__}, not an object with role and content")
-    if message.get("role") not in _ROLES:
-        raise UserError(f"message {number}: role {message.get('role')!r} is not one of {', '.join(_ROLES)}")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise UserError(
-            f"message {number}: structured tool_calls are not read by this version; "
-            "write each call into the content as <function=NAME><parameter=KEY>VALUE</parameter></function>"
-        )
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise UserError(f"message {number} ({message['role']}): content must be text, found {type(content).__name__}")
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        raise UserError(f"message {number} ({message['role']}): content has half a surrogate pair, which is no text")
-    if message["role"] == "assistant" and not content.strip():
-        raise UserError(f"message {number}: the assistant's content is empty")
+def to_torchtune(
+    conversation: Conversation, tokenizer: Any, trained: Collection[int]
+) -> tuple[list[Message], list[float]]:
+    """torchtune messages, unmasked where the message's index is in `trained`, and each message's weight."""
+    messages: list[Message] = []
+    weights: list[float] = []
 
+    def add(role: Any, text: str, weight: float = 1.0, masked: bool = True) -> None:
+        messages.append(Message(role=role, content=text, masked=masked))
+        weights.append(weight)
 
-def to_torchtune(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Message]:
-    """torchtune messages in which only the assistant's are trained.
-
-    A chat template and Llama 3 have a role for a tool answer. In torchtune templates without, it becomes a user turn
-    in <tool_response> tags, one turn for all answers in a row, as the Qwen chat templates write it.
-    """
-    has_tool_role = isinstance(tokenizer, (Llama3Tokenizer, ChatTemplateTokenizer))
-    result: list[Message] = []
+    system = _system_text(conversation)
+    if system:
+        add("system", system)
+    has_tool_role = isinstance(tokenizer, Llama3Tokenizer)
     answers: list[str] = []
-    for message in [*messages, None]:
-        if message is not None and message["role"] == "tool" and not has_tool_role:
-            answers.append(f"<tool_response>\n{message['content']}\n</tool_response>")
+    for index, message in enumerate(conversation.messages):
+        if message.role is Role.TOOL and not has_tool_role:
+            answers.append(f"<tool_response>\n{message.content}\n</tool_response>")
             continue
         if answers:
-            result.append(Message(role="user", content="\n".join(answers), masked=True))
+            add("user", "\n".join(answers))
             answers = []
-        if message is not None:
-            role = "ipython" if message["role"] == "tool" else message["role"]
-            result.append(Message(role=role, content=message["content"], masked=role != "assistant"))  # pyright: ignore
-    return result
+        if message.role is Role.ASSISTANT:
+            add("assistant", assistant_text(message), message.weight, masked=index not in trained)
+        elif message.role is Role.TOOL:
+            add("ipython", message.content)
+        elif not (message.role is Role.SYSTEM and index == 0):
+            add(message.role.value, message.content)
+    if answers:
+        add("user", "\n".join(answers))
+    return messages, weights
+
+
+def _system_text(conversation: Conversation) -> str:
+    """The first system message, with the tools where there are any."""
+    first = conversation.messages[0] if conversation.messages else None
+    text = first.content if first is not None and first.role is Role.SYSTEM else ""
+    if not conversation.tools:
+        return text
+    tools = _TOOLS.format("\n".join(json_text.dumps(tool) for tool in conversation.tools), _HOW)
+    return f"{text}\n\n{tools}" if text else tools
+
+
+def assistant_text(message: ConversationMessage) -> str:
+    """Reasoning, content and calls as one text."""
+    parts = [f"<think>\n{message.reasoning}\n</think>\n"] if message.reasoning else []
+    parts += [message.content] if message.content else []
+    return "\n".join([*parts, *(call_text(call) for call in message.tool_calls)])
+
+
+def call_text(call: ToolCall) -> str:
+    """A call as a `<function=...>` block; text values as they are, other values as JSON."""
+    try:
+        arguments = json_text.loads(call.arguments) if call.arguments.strip() else {}
+    except ValueError as error:
+        raise BadRecord("bad_tool_call", f"arguments of {call.name} are not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise BadRecord("bad_tool_call", f"arguments of {call.name} are not an object")
+    lines = [f"<function={call.name}>"]
+    for key, value in arguments.items():
+        lines += [f"<parameter={key}>", value if isinstance(value, str) else json_text.dumps(value), "</parameter>"]
+    return "\n".join([*lines, "</function>"])

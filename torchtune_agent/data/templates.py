@@ -1,65 +1,168 @@
 """A torchtune tokenizer made from a Hugging Face folder: tokenizer.json and the model's own chat template.
 
-Training must see the tokens the server will show, so the text comes from the template in
-`tokenizer_config.json`, rendered in a sandbox, and not from rules written again in Python.
+Training must see the tokens the server will show, so the text comes from the template in the folder, rendered in a
+sandbox, and not from rules written again in Python; tokens equal `transformers`' `apply_chat_template`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date as Date
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer, pre_tokenizers
-from torchtune.data import Message
+import numpy as np
+import torchtune.data
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from torchtune_agent.errors import UserError
+from torchtune_agent.data.chat_template import ChatTemplate, Rendering
+from torchtune_agent.data.control_tokens import ControlTokens, EncodedText, Spelled
+from torchtune_agent.data.conversation import Conversation, Message, Role
+from torchtune_agent.data.served import Draft, History, TrainOn, chosen_turns, draft
+from torchtune_agent.data.tokenizer_folder import TokenizerFolder, byte_of_char
+from torchtune_agent.errors import UserError, did_you_mean
 
 _ROLE_IN_TEMPLATES = {"ipython": "tool"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A trained turn of a sample, without its header: characters [start, end) of the text are the assistant's own
+    words and [end, stop) its end-of-turn; the same for tokens. Where the tokenizer joins a character of the header or
+    of what follows with one of the turn, that token is not the turn's.
+
+    `as_served` is False where the context is not exactly what a server shows; `left_out` names what of the message
+    (content, reasoning) the template did not write as it stands.
+    """
+
+    message: int
+    start: int
+    end: int
+    stop: int
+    first_token: int
+    end_token: int
+    stop_token: int
+    as_served: bool
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text to train on."""
+
+    text: str
+    tokens: list[int]
+    turns: list[Turn]
 
 
 class ChatTemplateTokenizer(ModelTokenizer):
     """Tokenizes conversations exactly as the folder's chat template renders them.
 
-    `tokenize_messages` returns torchtune's mask: True where nothing is trained.
+    Args:
+        path: the folder.
+        max_seq_len: `tokenize_messages` cuts there.
+        template_args: variables for the template, such as {enable_thinking: false}.
+        control_tokens: what to do with data that spells a control token: encode it as "text", or "refuse" it.
+        history: "as_served" trains every turn in the context a server would have shown it, which takes several
+            samples where the template rewrites history; "single" makes one sample of each conversation.
+        date: the day the template is told (today), as 2026-01-31 or an object.
     """
 
-    def __init__(self, path: str | Path, *, max_seq_len: int | None = None) -> None:
-        folder = Path(path)
-        settings = _read_json(folder / "tokenizer_config.json")
-        self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
-        self._template = _compile(_chat_template(folder, settings), settings)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        max_seq_len: int | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        control_tokens: Spelled = "text",
+        history: History = "as_served",
+        date: str | Date | None = None,
+    ) -> None:
+        _one_of("control_tokens", control_tokens, ("text", "refuse"))
+        _one_of("history", history, ("as_served", "single"))
+        folder = TokenizerFolder(Path(path))
+        self._tokenizer = folder.tokenizer
+        self._template = ChatTemplate(folder.chat_templates, folder.special_tokens, _as_datetime(date))
+        self._controls = ControlTokens(self._tokenizer)
+        self._template_args = dict(template_args or {})
+        self._spelled: Spelled = control_tokens
+        self._history: History = history
         self.max_seq_len = max_seq_len
         self.special_tokens: dict[str, int] = {
             added.content: i for i, added in self._tokenizer.get_added_tokens_decoder().items()
         }
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eos_id: int = self._id_of(settings, "eos_token", folder)
-        self.pad_id: int = self._id_of(settings, "pad_token", folder) if settings.get("pad_token") else self.eos_id
+        self.eos_id: int = folder.id_of("eos_token")
+        self.pad_id: int = folder.id_of("pad_token") if "pad_token" in folder.special_tokens else self.eos_id
         self.stop_tokens = [self.eos_id]
-        self._byte_of = {char: byte for byte, char in _byte_level_alphabet().items()}
+        self._byte_of = byte_of_char()
         self._special_text = {i: text.encode() for text, i in self.special_tokens.items()}
 
-    def _id_of(self, settings: Mapping[str, Any], key: str, folder: Path) -> int:
-        token = settings.get(key)
-        text = token["content"] if isinstance(token, dict) else token
-        number = self._tokenizer.token_to_id(text) if text else None
-        if number is None:
-            raise UserError(
-                f"{folder / 'tokenizer_config.json'}: {key} is {token!r}, which tokenizer.json does not know."
-            )
-        return number
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
-        plain = [{"role": _ROLE_IN_TEMPLATES.get(m.role, m.role), "content": m.text_content} for m in messages]
-        try:
-            return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, tools=None)
-        except TemplateError as error:
-            raise UserError(f"chat template: {error}") from error
+        return self._rendering(conversation, traced=False).render(prompt=add_generation_prompt)
+
+    def tokenize(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> list[int]:
+        """The tokens of the conversation; what data spells is never a control token."""
+        return self._encode_whole(conversation, add_generation_prompt)[2].tokens
+
+    def samples(
+        self, conversation: Conversation, *, train_on: TrainOn = "all", history: History | None = None
+    ) -> list[Sample]:
+        """What to train on: every chosen assistant turn in exactly one sample; none where nothing is chosen.
+
+        Args:
+            conversation: the record; a message's own `train` decides before `train_on`.
+            train_on: "all" assistant turns, the "last", or only those whose `train` is true ("explicit").
+            history: instead of the tokenizer's.
+        """
+        _one_of("train_on", train_on, ("all", "last", "explicit"))
+        chosen = chosen_turns(conversation, train_on)
+        if not chosen:
+            return []
+        history = history or self._history
+        rendering = self._rendering(conversation)
+        drafts = draft(rendering, self._controls, chosen, history)
+        if drafts is None:
+            rendering = self._rendering(conversation, traced=False)
+            drafts = draft(rendering, self._controls, chosen, history) or []
+        return [self._as_sample(made, rendering) for made in drafts]
+
+    def _as_sample(self, made: Draft, rendering: Rendering) -> Sample:
+        text = made.text + made.tail
+        encoded = self._encode_rendered(text, rendering)
+        turns = []
+        for place in made.turns:
+            first, stop = encoded.within(place.start, place.stop)
+            end = max(first, encoded.within(place.start, place.end)[1])
+            turns.append(
+                Turn(
+                    message=place.message,
+                    start=place.start,
+                    end=place.end,
+                    stop=place.stop,
+                    first_token=first,
+                    end_token=end,
+                    stop_token=stop,
+                    as_served=place.as_served,
+                    left_out=place.left_out,
+                )
+            )
+        return Sample(rendering.marks.plain(text) if rendering.marks else text, encoded.tokens, turns)
+
+    def _rendering(self, conversation: Conversation, *, traced: bool = True) -> Rendering:
+        return Rendering(self._template, conversation, self._template_args, traced=traced)
+
+    def _encode_rendered(self, text: str, rendering: Rendering) -> EncodedText:
+        return self._controls.encode(text, rendering.marks, rendering.data, self._spelled)
+
+    def _encode_whole(self, conversation: Conversation, prompt: bool = False) -> tuple[str, Rendering, EncodedText]:
+        rendering = self._rendering(conversation)
+        text = rendering.render(prompt=prompt)
+        if not rendering.verified(text, prompt=prompt):
+            rendering = self._rendering(conversation, traced=False)
+            text = rendering.render(prompt=prompt)
+        return text, rendering, self._encode_rendered(text, rendering)
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -75,82 +178,67 @@ class ChatTemplateTokenizer(ModelTokenizer):
         piece = self._tokenizer.id_to_token(token)
         return bytes(self._byte_of[char] for char in piece) if piece is not None else b""
 
-    def tokenize_messages(self, messages: list[Message], **kwargs: Any) -> tuple[list[int], list[bool]]:
-        """Tokens of the whole conversation, and True for each that stands outside every unmasked message."""
-        text = self.render(messages)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        open_spans = [span for i, m in enumerate(messages) if not m.masked for span in [self._span(messages, i, text)]]
-        mask = [not any(start < b and a < end for start, end in open_spans) for a, b in encoding.offsets]
-        tokens = encoding.ids
-        return (tokens[: self.max_seq_len], mask[: self.max_seq_len]) if self.max_seq_len else (tokens, mask)
-
-    def _span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-        """Where message `index` stands in the rendered text, without its header where it is the assistant's."""
-        answers = messages[index].role == "assistant"
-        before = self.render(messages[:index], add_generation_prompt=answers)
-        through = self.render(messages[: index + 1])
-        if not text.startswith(before) or not text.startswith(through):
-            raise UserError(
-                f"chat template: it rewrites what stands before message {index} once more messages follow, "
-                "which this version cannot train on."
-            )
-        return len(before), len(through)
+    def tokenize_messages(self, messages: list[torchtune.data.Message], **kwargs: Any) -> tuple[list[int], list[bool]]:
+        """torchtune's interface: the tokens, and True for each that stands outside every unmasked message."""
+        conversation = Conversation([_from_torchtune(m) for m in messages])
+        text, rendering, encoded = self._encode_whole(conversation)
+        mask = np.ones(len(encoded.tokens), bool)
+        for i, message in enumerate(messages):
+            if not message.masked:
+                first, after = encoded.touching(*_span(rendering, i, text))
+                mask[first:after] = False
+        return encoded.tokens[: self.max_seq_len], mask[: self.max_seq_len].tolist()
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         tokens, mask = self.tokenize_messages(sample["messages"])
         return {**{k: v for k, v in sample.items() if k != "messages"}, "tokens": tokens, "mask": mask}
 
 
-def chat_template_tokenizer(path: str, max_seq_len: int | None = None) -> ChatTemplateTokenizer:
-    """The tokenizer in folder `path` (tokenizer.json and tokenizer_config.json with its chat template)."""
-    return ChatTemplateTokenizer(path, max_seq_len=max_seq_len)
+def chat_template_tokenizer(
+    path: str,
+    max_seq_len: int | None = None,
+    *,
+    template_args: Mapping[str, Any] | None = None,
+    control_tokens: Spelled = "text",
+    history: History = "as_served",
+    date: str | Date | None = None,
+) -> ChatTemplateTokenizer:
+    """The tokenizer in folder `path` (tokenizer.json, tokenizer_config.json and its chat template)."""
+    return ChatTemplateTokenizer(
+        path,
+        max_seq_len=max_seq_len,
+        template_args=template_args,
+        control_tokens=control_tokens,
+        history=history,
+        date=date,
+    )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _from_torchtune(message: torchtune.data.Message) -> Message:
+    return Message(Role(_ROLE_IN_TEMPLATES.get(message.role, message.role)), message.text_content)
+
+
+def _span(rendering: Rendering, index: int, text: str) -> tuple[int, int]:
+    """Where message `index` stands in the rendered text, without its header where it is the assistant's."""
+    answers = rendering.messages[index]["role"] == "assistant"
+    before = rendering.render(index, prompt=answers)
+    through = rendering.render(index + 1)
+    if not text.startswith(before) or not text.startswith(through):
+        raise UserError(
+            f"chat template: it rewrites what stands before message {index} once more messages follow, so no one text "
+            "trains every turn. `samples` makes one for each."
+        )
+    return len(before), len(through)
+
+
+def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{key} is {value!r}. {did_you_mean(str(value), known)}")
+
+
+def _as_datetime(date: str | Date | None) -> datetime | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"tokenizer: cannot read {path}: {error.strerror}.") from error
+        day = Date.fromisoformat(date) if isinstance(date, str) else date
     except ValueError as error:
-        raise UserError(f"tokenizer: {path} is not JSON: {error}") from error
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    state = _read_json(path)
-    if "ByteLevel" not in json.dumps([state.get("pre_tokenizer"), state.get("decoder")]):
-        raise UserError(f"tokenizer: {path} is not a byte-level BPE tokenizer, the only kind this version reads.")
-    return Tokenizer.from_file(str(path))
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str:
-    separate = folder / "chat_template.jinja"
-    template = separate.read_text(encoding="utf-8") if separate.exists() else settings.get("chat_template")
-    if not isinstance(template, str):
-        raise UserError(f"tokenizer: no chat template in {folder} (chat_template.jinja or tokenizer_config.json).")
-    return template
-
-
-def _compile(template: str, settings: Mapping[str, Any]) -> Any:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = settings.get(name)
-        environment.globals[name] = (token["content"] if isinstance(token, dict) else token) or ""
-    try:
-        return environment.from_string(template)
-    except TemplateError as error:
-        raise UserError(f"chat template: {error}") from error
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _byte_level_alphabet() -> dict[int, str]:
-    """The printable character byte-level BPE writes for every byte."""
-    keep = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in keep]
-    alphabet = {byte: chr(byte) for byte in keep} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-    assert set(alphabet.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    return alphabet
+        raise UserError(f"tokenizer.date is {date!r}: write it as 2026-01-31.") from error
+    return datetime.combine(day, time()) if day is not None else None

@@ -48,7 +48,7 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     raise UserError(
         f"tokenizer: token classes need to know the bytes of every token, and {type(tokenizer).__name__} is not among "
         f"the tokenizers this version can read ({', '.join(kind.__name__ for kind in _READERS)}). "
-        "Set enable_token_classification=False to train without token classes."
+        "Use torchtune_agent.data.chat_template_tokenizer with the model's folder."
     )
 
 
@@ -56,13 +56,14 @@ def _never_empty(text_of: Callable[[int], bytes]) -> Callable[[int], bytes]:
     return lru_cache(maxsize=None)(lambda token: text_of(token) or _PLACEHOLDER)
 
 
-def _qwen(tokenizer: Qwen2Tokenizer) -> tuple[Callable[[int], bytes], set[int]]:
+def _byte_level(tokenizer: Any, base: Any) -> tuple[Callable[[int], bytes], set[int]]:
+    """Byte-level BPE: `base` writes every byte as a printable character."""
     special = {i: text.encode() for text, i in tokenizer.special_tokens.items()}
 
     def text_of(token: int) -> bytes:
         if token in special:
             return special[token]
-        return bytes(tokenizer.byte_decoder[c] for c in tokenizer.decoder.get(token, ""))
+        return bytes(base.byte_decoder[c] for c in base.decoder.get(token, ""))
 
     return text_of, set(special)
 
@@ -90,29 +91,17 @@ def _sentencepiece(
     return text_of, control
 
 
-def _phi4(tokenizer: Phi4Tokenizer) -> tuple[Callable[[int], bytes], set[int]]:
-    base = tokenizer.tokenizer_model
-    special = {i: text.encode() for text, i in tokenizer.special_tokens.items()}
-
-    def text_of(token: int) -> bytes:
-        if token in special:
-            return special[token]
-        return bytes(base.byte_decoder[c] for c in base.decoder.get(token, ""))
-
-    return text_of, set(special)
-
-
 def _chat_template(tokenizer: ChatTemplateTokenizer) -> tuple[Callable[[int], bytes], set[int]]:
     return tokenizer.token_bytes, set(tokenizer.special_tokens.values())
 
 
 _READERS: dict[type, Callable[[Any], tuple[Callable[[int], bytes], set[int]]]] = {
     ChatTemplateTokenizer: _chat_template,
-    Qwen2Tokenizer: _qwen,
+    Qwen2Tokenizer: lambda tokenizer: _byte_level(tokenizer, tokenizer),
     Llama3Tokenizer: _llama3,
     Llama2Tokenizer: _sentencepiece,
     MistralTokenizer: _sentencepiece,
     GemmaTokenizer: _sentencepiece,
     Phi3MiniTokenizer: lambda tokenizer: _sentencepiece(tokenizer, tokenizer.special_tokens),
-    Phi4Tokenizer: _phi4,
+    Phi4Tokenizer: lambda tokenizer: _byte_level(tokenizer, tokenizer.tokenizer_model),
 }

@@ -25,8 +25,10 @@ class LossOutput:
 class Objective(Protocol):
     """What a recipe plugs into the Trainer as its loss."""
 
-    def num_targets(self, batch: Batch) -> int:
-        """How many tokens (pairs, ...) of the batch the loss is a sum over; known before the forward pass."""
+    def num_targets(self, batch: Batch) -> float:
+        """How many tokens (pairs, ...) of the batch the loss is a sum over, weighted as they are in it.
+
+        Known before the forward pass."""
         ...
 
     def __call__(self, model: nn.Module, batch: Batch, *, with_statistics: bool) -> LossOutput: ...
@@ -34,7 +36,10 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross entropy on the supervised tokens; the other rows of the logits are never upcast.
+    """Weighted cross entropy on the supervised tokens; the other rows of the logits are never upcast.
+
+    The loss of a step is sum(weight * loss) / sum(weight) over its tokens, so weights change what is learned and not
+    how large a step is.
 
     Args:
         chunk_size: supervised tokens whose logits are held in fp32 at a time.
@@ -44,14 +49,15 @@ class CrossEntropy:
     chunk_size: int = 2048
     entropy_k: int = 10
 
-    def num_targets(self, batch: Batch) -> int:
-        return batch.num_supervised
+    def num_targets(self, batch: Batch) -> float:
+        return batch.total_weight
 
     def __call__(self, model: nn.Module, batch: Batch, *, with_statistics: bool) -> LossOutput:
         logits = forward(model, batch)[batch.supervised]  # [supervised tokens, vocabulary]
         labels = batch.labels.flatten()[batch.supervised]
+        weights = batch.weights.flatten()[batch.supervised]
         chunks = [slice(start, start + self.chunk_size) for start in range(0, len(labels), self.chunk_size)]
-        losses = [F.cross_entropy(logits[c].float(), labels[c], reduction="sum") for c in chunks]
+        losses = [(F.cross_entropy(logits[c].float(), labels[c], reduction="none") * weights[c]).sum() for c in chunks]
         # Without a label the sum of no logits is a zero with a gradient, so that this rank's backward still runs.
         loss_sum = torch.stack(losses).sum() if losses else logits.float().sum()
         table = None

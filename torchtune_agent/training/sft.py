@@ -12,6 +12,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from torchtune_agent.config import component, instantiate
 from torchtune_agent.data import AgentSFTDataset, Collator, DataReport, SampleLoader, StepPlan
+from torchtune_agent.data.quarantine import write_quarantine
 from torchtune_agent.errors import UserError
 from torchtune_agent.losses import CrossEntropy, Objective
 from torchtune_agent.training.run import Run
@@ -61,8 +62,14 @@ def _datasets(run: Run, key: str, tokenizer: Any, model: nn.Module) -> list[Any]
             _check_against_model(dataset, name, tokenizer, model)
         datasets.append(dataset)
     reports = [dataset.report for dataset in datasets if isinstance(dataset, AgentSFTDataset)]
-    for i, line in enumerate(sum(reports, DataReport()).lines() if reports else ()):
-        run.say(f"{key if i == 0 else '':<14}{line}")
+    if reports:
+        report = sum(reports, DataReport())
+        for i, line in enumerate(report.lines()):
+            run.say(f"{key if i == 0 else '':<14}{line}")
+        if report.left_out and run.world.is_main:
+            path = run.settings.output_dir / "logs" / f"quarantine_{key}.jsonl"
+            write_quarantine(report.left_out, path)
+            run.say(f"              all of them: {path}")
     return datasets
 
 

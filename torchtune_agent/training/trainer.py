@@ -100,7 +100,7 @@ class Trainer:
         log_now = (self.global_step + 1) % self.settings.log_every_n_steps == 0
         measure = self.settings.enable_detailed_metrics and self._is_measured(self.global_step + 1)
         num_targets, num_tokens = self._count(micro_batches)
-        scale = self.world.dp_size / max(1, num_targets)  # FSDP averages over ranks; this makes it a sum
+        scale = self.world.dp_size / (num_targets or 1.0)  # FSDP averages over ranks; this makes it a sum
         loss_sum, table = self._new_sums()
         for micro_batch in micro_batches:
             batch = micro_batch.to(self.world.device)
@@ -121,22 +121,22 @@ class Trainer:
         """Detailed metrics come every so many steps, and with the first, so that every curve has its start."""
         return step == 1 or step % self.settings.log_detailed_metrics_every_n_steps == 0
 
-    def _count(self, micro_batches: Iterable[Batch]) -> tuple[int, int]:
+    def _count(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
         """Targets of the loss and tokens of the step, over all ranks. Stays on the host."""
         objective = self.parts.objective
         counts = [[objective.num_targets(batch), batch.num_tokens] for batch in micro_batches]
-        num_targets, num_tokens = self.world.sum(torch.tensor(counts, dtype=torch.int64).sum(0)).tolist()
-        return num_targets, num_tokens
+        num_targets, num_tokens = self.world.sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+        return num_targets, int(num_tokens)
 
     def _new_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.world.device
         return torch.zeros((), dtype=torch.float64, device=device), empty_table(device)
 
-    def _reduce(self, loss_sum: torch.Tensor, table: torch.Tensor | None, num_targets: int) -> StepResult:
+    def _reduce(self, loss_sum: torch.Tensor, table: torch.Tensor | None, num_targets: float) -> StepResult:
         """Sum over ranks with one collective and bring the result to the host with one copy."""
         sums = [loss_sum.reshape(1)] + ([] if table is None else [table.flatten()])
         reduced = self.world.sum(torch.cat(sums)).cpu()
-        loss = float(reduced[0]) / max(1, num_targets)
+        loss = float(reduced[0]) / (num_targets or 1.0)
         return StepResult(loss, None if table is None else reduced[1:].view_as(table))
 
     def _log_step(self, result: StepResult, norm: torch.Tensor | None) -> None:
@@ -162,7 +162,7 @@ class Trainer:
         started = time.perf_counter()
         self.model.eval()
         loss_sum, table = self._new_sums()
-        num_targets = 0
+        num_targets = 0.0
         detailed = self.settings.enable_detailed_metrics
         for micro_batches in self.progress.validating(self.parts.validation, self.global_step):
             num_targets += self._count(micro_batches)[0]

@@ -22,6 +22,9 @@ from torchtune.models.qwen2._tokenizer import bytes_to_unicode
 from tests import tokenizers
 from tests.reference import IGNORE_INDEX, tag_text
 from torchtune_agent.data import AgentSFTTransform, ChatTemplateTokenizer
+from torchtune_agent.data.dataset import as_sample
+from torchtune_agent.data.formats import FORMATS
+from torchtune_agent.data.reasons import BadRecord
 from torchtune_agent.data.token_class import TokenClass
 
 BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
@@ -161,6 +164,9 @@ def truth(
     for (start, end, stop), text in zip(found, texts, strict=True):
         pieces = [spelling(tokenizer, t) for t in tokens[start:end]]
         whole = b"".join(pieces)
+        lost = max(0, len(text.encode()) - len(whole))  # white space the header's last token took
+        assert not text.encode()[:lost].strip()
+        text = text.encode()[lost:].decode()
         extra = len(whole) - len(text.encode())  # white space of the tokenizer or the header, in the first token
         assert whole[extra:] == text.encode() and whole[:extra].isspace() >= (extra > 0), "the truth itself is wrong"
         seen = b"".join(pieces[: max(0, kept - start)])[extra:]
@@ -198,15 +204,25 @@ def chatml_turns(tokenizer, messages: list[Message]) -> tuple[list[int], list[Tu
     starts, ends = zip(*encoding.offsets, strict=True)
     found = []
     for a, b in spans:
-        first = next(i for i, end in enumerate(ends) if end > a)
+        first = next(i for i, start in enumerate(starts) if start >= a)  # one joined with the header is the header's
         after = next(i for i, start in enumerate(starts) if start >= b)
         found.append((first, after, after))
     return encoding.ids, found
 
 
+def sample_of(tokenizer, conversation: dict, **options) -> dict:
+    """The one sample of a conversation, also of one with results that nothing called for."""
+    (encoded,) = AgentSFTTransform(tokenizer, **options).encode_conversation(FORMATS["openai"](conversation))
+    return as_sample(encoded)
+
+
 def check(tokenizer, conversation: dict, kept: int | None = None, located=None) -> None:
-    sample = AgentSFTTransform(tokenizer, max_seq_len=kept)(conversation)
     tokens, classes, calls = truth(tokenizer, conversation, kept, located)
+    if all(kind == TokenClass.IGNORED for kind in classes[1:]):
+        with pytest.raises(BadRecord, match="no token to train"):
+            sample_of(tokenizer, conversation, max_seq_len=kept)
+        return
+    sample = sample_of(tokenizer, conversation, max_seq_len=kept)
     assert list(sample["tokens"]) == tokens
     said = [(spelling(tokenizer, t), TokenClass(c).name) for t, c in zip(tokens, sample["token_class"], strict=True)]
     assert said == [(spelling(tokenizer, t), TokenClass(c).name) for t, c in zip(tokens, classes, strict=True)]
@@ -233,7 +249,7 @@ def test_a_conversation_cut_at_any_token_keeps_the_classes_of_its_tokens(tokeniz
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_only_assistant_texts_and_ends_of_turns_are_trained(tokenizer, name):
-    sample = AgentSFTTransform(tokenizer)(CONVERSATIONS[name])
+    sample = sample_of(tokenizer, CONVERSATIONS[name])
     own = sample["reasoning_mask"] | sample["tool_call_mask"]
     text = b"".join(spelling(tokenizer, int(t)) for t in sample["tokens"][own]).decode()
     said = [
@@ -268,9 +284,13 @@ def kept_by(classes: np.ndarray, kinds: set[TokenClass]) -> list[bool]:
 )
 @pytest.mark.parametrize("name", ["plain", "call", "two calls", "multibyte"])
 def test_training_only_calls_or_only_reasoning_drops_exactly_the_rest(tokenizer, name, option, kinds):
-    everything = AgentSFTTransform(tokenizer)(CONVERSATIONS[name])
+    everything = sample_of(tokenizer, CONVERSATIONS[name])
     chosen: dict[str, Any] = {option: True}
-    part = AgentSFTTransform(tokenizer, **chosen)(CONVERSATIONS[name])
+    if not np.isin(everything["token_class"], list(kinds)).any():
+        with pytest.raises(BadRecord, match="no token to train"):
+            sample_of(tokenizer, CONVERSATIONS[name], **chosen)
+        return
+    part = sample_of(tokenizer, CONVERSATIONS[name], **chosen)
     stays = kept_by(everything["token_class"], kinds)
     assert list(part["tokens"]) == list(everything["tokens"])
     assert list(part["token_class"]) == [c if on else 0 for c, on in zip(everything["token_class"], stays, strict=True)]
@@ -282,18 +302,23 @@ def test_training_only_calls_or_only_reasoning_drops_exactly_the_rest(tokenizer,
 
 
 def test_other_markers_make_other_calls(tokenizer):
-    call = '<tool_call>\n{"name": "add"}\n</tool_call>'
+    call = '<call>\n{"name": "add", "arguments": {"a": 1}}\n</call>'
     conversation = record("u:go", f"a:I go. {call}", f"t:{call}", f"a:{CALL}")
-    transform = AgentSFTTransform(tokenizer, tool_call_start_token="<tool_call>", tool_call_end_token="</tool_call>")
-    sample = transform(conversation)
+    markers = {"tool_call_start_token": "<call>", "tool_call_end_token": "</call>"}
+    sample = sample_of(tokenizer, conversation, **markers)
     covered = b"".join(spelling(tokenizer, int(t)) for t in sample["tokens"][sample["tool_call_mask"]]).decode()
     assert covered.strip() == call
-    assert set(sample["token_class"].tolist()) <= {0, 1, TokenClass.REASONING, TokenClass.CALL_SYNTAX}
+    named = b"".join(
+        spelling(tokenizer, int(t)) for t in sample["tokens"][sample["token_class"] == TokenClass.CALL_NAME]
+    )
+    assert b"add" in named
 
 
 def test_without_token_classification_what_torchtune_trains_is_reasoning(tokenizer):
+    if isinstance(tokenizer, ChatTemplateTokenizer):
+        pytest.skip("a chat template says itself what is trained")
     conversation = CONVERSATIONS["call"]
-    sample = AgentSFTTransform(tokenizer, enable_token_classification=False)(conversation)
+    sample = sample_of(tokenizer, conversation, enable_token_classification=False)
     tokens, mask = tokenizer.tokenize_messages(as_messages(conversation, tokenizer))
     assert list(sample["tokens"]) == tokens
     assert list(sample["labels"]) == [IGNORE_INDEX if m else t for t, m in zip(tokens, mask, strict=True)]
@@ -317,7 +342,7 @@ def test_a_tool_result_is_rendered_as_the_chat_template_renders_it(tmp_path):
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tokenizer = tokenizers.chat_template(tmp_path, template=template)
-    sample = AgentSFTTransform(tokenizer)(record("u:go", "a:ok", "t:42", "a:done"))
+    sample = sample_of(tokenizer, record("u:go", "a:ok", "t:42", "a:done"))
     text = b"".join(spelling(tokenizer, int(t)) for t in sample["tokens"]).decode()
     assert text == "[user]go<|im_end|>[assistant]ok<|im_end|>[tool]42<|im_end|>[assistant]done<|im_end|>"
 

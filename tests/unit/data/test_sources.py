@@ -1,8 +1,11 @@
 """Records from files and lists, and what the dataset says about those it cannot use."""
 
+import gzip
 import json
 
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from tests import tokenizers
 from torchtune_agent.data import AgentSFTDataset
@@ -56,19 +59,40 @@ def test_files_of_a_glob_are_read_in_name_order(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"a": 1}\n{"b": \n', [":2", "not JSON"]),
-        (b'{"a": 1}\n\n{"b": "\xff"}\n', [":3", "UTF-8"]),
-        (b"[1]\n", [":1", "list"]),
-        (b"\n \n", ["no records"]),
-        (b"[" * 100_000, [":1", "not JSON"]),
+        (b'{"a": 1}\n{"b": \n{"a": 1}', ("d.jsonl:2", "broken_json")),
+        (b'{"a": 1}\n{"b": "un', ("d.jsonl:2", "truncated_last_line")),
+        (b'{"a": 1}\n\n{"b": "\xff"}\n', ("d.jsonl:3", "invalid_utf8")),
+        (b"[1]\n", ("d.jsonl:1", "wrong_type")),
+        (b"[" * 100_000, ("d.jsonl:1", "too_deep")),
     ],
 )
-def test_a_line_that_cannot_be_read_is_named(tmp_path, content, words):
+def test_a_line_that_cannot_be_read_is_handed_on_with_its_place_and_reason(tmp_path, content, words):
     path = tmp_path / "d.jsonl"
     path.write_bytes(content)
-    with pytest.raises(UserError) as error:
+    (bad,) = [record for record in read_records("json", str(path)) if record.problem is not None]
+    assert bad.problem is not None
+    assert (bad.where.removeprefix(f"{tmp_path}/"), bad.problem.code) == words
+    assert content.split(b"\n")[int(words[0][-1]) - 1].decode("utf-8", "replace").startswith(bad.excerpt[:20])
+
+
+def test_a_file_without_records_is_refused(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\n \n")
+    with pytest.raises(UserError, match="no records"):
         data_of(path)
-    assert all(word in str(error.value) for word in ["d.jsonl", *words])
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "parquet"])
+def test_compressed_files_and_parquet_are_read(tmp_path, suffix):
+    lines = f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n".encode()
+    if suffix in ("gz", "zst"):
+        path = tmp_path / f"d.jsonl.{suffix}"
+        path.write_bytes(gzip.compress(lines) if suffix == "gz" else zstandard.compress(lines))
+    else:
+        path = tmp_path / "d.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, GOOD]), path)
+    assert data_of(path) == [GOOD, GOOD]
+    assert data_of(tmp_path) == [GOOD, GOOD]  # as a folder
 
 
 @pytest.mark.parametrize("files", [None, [], "no/such/*.jsonl"])
@@ -83,14 +107,13 @@ def test_missing_files_are_an_error_that_names_the_key(files):
         (None, "messages"),
         ([], "messages"),
         ("hello", "messages"),
-        ([{"role": "user", "content": "hi"}], "no assistant"),
         ([{"role": "robot", "content": "hi"}], "robot"),
-        ([{"role": "assistant", "content": None}], "content"),
+        ([{"role": "assistant", "content": None}], "empty_turn"),
         ([{"role": "assistant", "content": " \n"}], "empty"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}], "tool_calls"),
         ([{"role": "user", "content": "half \ud83d"}, {"role": "assistant", "content": "ok"}], "surrogate"),
         ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "half \ud83d"}], "surrogate"),
-        (["hi"], "message 0"),
+        (["hi"], r"messages\[0\]"),
         ([{"content": "hi"}], "role"),
     ],
 )
@@ -116,7 +139,7 @@ def test_records_without_a_token_to_train_are_counted_and_left_out(tmp_path):
     assert len(dataset) == 2
     report = dataset.report
     assert (report.num_read, report.num_trained) == (3, 2)
-    assert sum(report.left_out.values()) == 1 and report.examples[0].startswith("record 1")
+    assert [(item.where, item.reason) for item in report.left_out] == [("record 1", "too_long")]
     assert report.num_tokens == sum(dataset.lengths)
     assert report.num_supervised == sum(int((dataset[i]["labels"][1:] != -100).sum()) for i in range(2))
 

@@ -1,0 +1,225 @@
+"""A model's chat template, rendered as `transformers` renders it, in a sandbox.
+
+Templates come with downloaded models and are programs: they run in jinja's immutable sandbox, see plain JSON values
+only, and an error in one is a refusal of the conversation with the template's own words. A `Rendering` is one
+conversation made ready, of which every beginning can be rendered.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from torchtune_agent.data.conversation import Conversation, Message, ToolCall
+from torchtune_agent.data.tracing import Marks, free_marks, mark_literals, strings_in
+from torchtune_agent.errors import UserError
+
+# What a template's own code can raise when a conversation is not what it expects.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+
+
+class RenderError(UserError):
+    """A conversation that cannot be rendered or must not be trained; `reason` is a short code for a summary."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ChatTemplate:
+    """One template, or several by name (`default`, and `tool_use` where the conversation has tools).
+
+    `special_tokens` are the template's variables such as `eos_token`; `date` is what `strftime_now` reads (now).
+    """
+
+    def __init__(
+        self, source: str | Mapping[str, str], special_tokens: Mapping[str, str], date: datetime | None = None
+    ) -> None:
+        self._sources = {"default": source} if isinstance(source, str) else dict(source)
+        self._special_tokens = special_tokens
+        self._date = date
+        self._compiled: dict[tuple[str, int | None], Template] = {}
+        for name in self._sources:
+            self._compile(name, None)
+
+    def pieces(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        arguments: Mapping[str, Any],
+        marks: Marks | None = None,
+    ) -> list[str]:
+        """The rendered text in the pieces the template wrote it in."""
+        template = self._compile(self._name(tools), marks)
+        tokens = {k: marks.mark(v) if marks else v for k, v in self._special_tokens.items()}
+        values = {"documents": None, **tokens, **arguments, "messages": messages, "tools": tools}
+        try:
+            return list(template.generate(**values, add_generation_prompt=add_generation_prompt))
+        except _TEMPLATE_ERRORS as error:
+            said = marks.plain(str(error)) if marks else str(error)
+            raise RenderError("template", f"chat template: {said or type(error).__name__}") from error
+
+    def _name(self, tools: Sequence[Any] | None) -> str:
+        name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
+        if name not in self._sources:
+            raise UserError(f"chat template: none is named 'default', only {', '.join(sorted(self._sources))}.")
+        return name
+
+    def _compile(self, name: str, marks: Marks | None) -> Template:
+        key = (name, marks.plane if marks else None)
+        if key not in self._compiled:
+            environment = _environment(self._date)
+            source = self._sources[name]
+            try:
+                tree = mark_literals(environment, source, marks) if marks else source
+                self._compiled[key] = environment.from_string(tree)
+            except TemplateError as error:
+                raise UserError(f"chat template {name!r}: {error}") from error
+        return self._compiled[key]
+
+    @cached_property
+    def wants_text_arguments(self) -> bool:
+        """Whether a call's arguments must be given as JSON text: most templates take an object, a few add strings."""
+
+        def renders(arguments: Any) -> bool:
+            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                self.pieces(messages, None, False, {})
+            except RenderError as error:
+                return not isinstance(error.__cause__, TypeError)
+            return True
+
+        return not renders({"a": 1}) and renders('{"a": 1}')
+
+
+class Rendering:
+    """A conversation in the form templates read, and the marks that none of its data holds."""
+
+    def __init__(
+        self, template: ChatTemplate, conversation: Conversation, arguments: Mapping[str, Any], *, traced: bool = True
+    ) -> None:
+        self.template = template
+        self.arguments = arguments
+        self.tools = conversation.tools or None
+        self.messages = [_as_template_message(m, template) for m in conversation.messages]
+        self.data = [*strings_in([_without_role(m) for m in self.messages]), *strings_in([self.tools, arguments])]
+        self.marks = free_marks(self.data) if traced else None
+        if traced and self.marks is None:
+            raise RenderError("private_use", "the text holds private-use characters of both planes 15 and 16.")
+
+    def render(self, stop: int | None = None, *, prompt: bool = False, plain: bool = False) -> str:
+        """The first `stop` messages (all), marked unless `plain`; `prompt` adds the generation prompt."""
+        return "".join(self.pieces(stop, prompt=prompt, plain=plain))
+
+    def pieces(self, stop: int | None = None, *, prompt: bool = False, plain: bool = False) -> list[str]:
+        """The same text, in the pieces the template wrote it in."""
+        marks = None if plain else self.marks
+        return self.template.pieces(self.messages[:stop], self.tools, prompt, self.arguments, marks)
+
+    def verified(self, text: str, stop: int | None = None, *, prompt: bool = False) -> bool:
+        """Whether `text`, a marked rendering, is the plain one but for the marks."""
+        return self.marks is None or self.marks.split(text)[0] == self.render(stop, prompt=prompt, plain=True)
+
+    def of(self, messages: list[dict[str, Any]]) -> "Rendering":
+        """The same for other messages, which must not hold marks."""
+        other = copy.copy(self)
+        other.messages = messages
+        return other
+
+    def flagged(self, message: int, flag: str) -> "Rendering":
+        """The same with the character `flag` at both ends of every string of one message."""
+        words = _flagged(_without_role(self.messages[message]), flag)
+        here = {**self.messages[message], **words}
+        return self.of([*self.messages[:message], here, *self.messages[message + 1 :]])
+
+
+def _flagged(value: Any, flag: str) -> Any:
+    if isinstance(value, str):
+        words = value.strip()
+        return value.replace(words, f"{flag}{words}{flag}", 1) if words else value
+    if isinstance(value, Mapping):
+        own = ("id", "type", "function", "name", "arguments", "content", "thinking", "reasoning_content", "tool_calls")
+        return {
+            k if k in own else _flagged(k, flag): v if k in ("id", "type") else _flagged(v, flag)
+            for k, v in value.items()
+        }
+    return [_flagged(item, flag) for item in value] if isinstance(value, list) else value
+
+
+def _as_template_message(message: Message, template: ChatTemplate) -> dict[str, Any]:
+    """OpenAI form, without the keys that have no value; reasoning under both names that templates read."""
+    form: dict[str, Any] = {} if message.reasoning is None else {"thinking": message.reasoning}
+    form |= {"role": message.role.value, "content": message.content}
+    if message.reasoning is not None:
+        form["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        form["tool_calls"] = [_as_template_call(call, template) for call in message.tool_calls]
+    optional = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return form | {key: value for key, value in optional.items() if value is not None}
+
+
+def _as_template_call(call: ToolCall, template: ChatTemplate) -> dict[str, Any]:
+    arguments: Any = call.arguments
+    if not template.wants_text_arguments:
+        try:
+            arguments = json.loads(call.arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise RenderError("arguments", f"the arguments of a call to {call.name!r} are not JSON: {error}") from error
+    function = {"name": call.name, "arguments": arguments}
+    return ({} if call.id is None else {"id": call.id}) | {"type": "function", "function": function}
+
+
+def _without_role(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "role"}
+
+
+def _environment(date: datetime | None) -> Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: (date or datetime.now()).strftime(form)
+    return environment
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` blocks, with which some templates mark the assistant's text: rendered as if not there."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Scope:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As `transformers` has it; jinja's own escapes characters that mean something in HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

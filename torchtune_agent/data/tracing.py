@@ -1,0 +1,154 @@
+"""Which characters of a rendered chat the template wrote itself, and which it took from the data.
+
+A control token is real only where the template wrote it: a tool result that spells `<|im_end|>` is text. The rendered
+text alone cannot tell the two apart, and marking the data would change what templates decide by looking at it. So the
+template's own literals are marked instead, in its syntax tree: each visible character becomes a private-use one
+(its code point plus a plane's first), the text keeps its length, and taking the marks off gives what the plain
+template renders. Literals that are compared with data, and arguments of calls, filters and tests, stay plain.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, nodes
+from jinja2.visitor import NodeTransformer
+
+PLANES = (0xF0000, 0x100000)  # the two planes for private use; data may hold characters of one of them
+_LAST = 0xFFFD
+
+
+class Marks:
+    """Marked characters in one plane."""
+
+    def __init__(self, plane: int) -> None:
+        self.plane = plane
+        marked = f"{chr(plane)}-{chr(plane + _LAST)}"
+        self._any = re.compile(f"[{marked}]")
+        self._unmarked = re.compile(f"[^{marked}]*")
+
+    def mark(self, text: str) -> str:
+        """White space stays plain, so that trimming and stripping do what they did."""
+        return "".join(c if c.isspace() or ord(c) > _LAST else chr(self.plane + ord(c)) for c in text)
+
+    def split(self, text: str) -> tuple[str, np.ndarray]:
+        """The plain text, and True for each of its characters that was marked."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        marked = (codes >= self.plane) & (codes <= self.plane + _LAST)
+        plain = codes - marked.astype(np.uint32) * np.uint32(self.plane)
+        return plain.tobytes().decode("utf-32-le", "surrogatepass"), marked
+
+    def plain(self, text: str) -> str:
+        return text if text.isascii() or not self.found_in(text) else self.split(text)[0]
+
+    def found_in(self, text: str) -> bool:
+        return not text.isascii() and self._any.search(text) is not None
+
+    def before_ending(self, text: str) -> str:
+        """`text` without what the template wrote at its end."""
+        position = len(text)
+        while position and (text[position - 1].isspace() or self._any.match(text, position - 1)):
+            position -= 1
+        return text[:position]
+
+    def end_of_data(self, text: str, at: int) -> int:
+        """Where the data that stands at `at` ends, not counting white space."""
+        unmarked = self._unmarked.match(text, at)
+        return at + len(unmarked[0].rstrip()) if unmarked else at
+
+
+def free_marks(strings: Iterable[str]) -> Marks | None:
+    """Marks that none of `strings` holds, or None where characters of both planes are in use."""
+    free = [Marks(plane) for plane in PLANES]
+    for text in strings:
+        if not text.isascii():
+            free = [marks for marks in free if not marks.found_in(text)]
+    return free[0] if free else None
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in nested JSON-like data, keys included."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            stack.extend(item)
+            stack.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+
+
+def mark_literals(environment: Environment, source: str, marks: Marks) -> nodes.Template:
+    """The template's syntax tree with its written literals marked. Installs the filters that the tree uses."""
+    environment.filters[_MARK] = lambda value: marks.mark(value) if isinstance(value, str) else value
+    environment.filters[_PLAIN] = lambda value: marks.plain(value) if isinstance(value, str) else value
+    return _Marking(marks).visit(environment.parse(source))
+
+
+_MARK, _PLAIN = "with marks", "without marks"  # names that no template can spell
+
+
+class _Marking(NodeTransformer):
+    """Marks what flows into the output; looks up and compares without marks."""
+
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:
+        node.nodes = [self._written(child) for child in node.nodes]
+        return node
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
+        node.node = self._written(node.node)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        node.expr = self._looked_at(node.expr)
+        for operand in node.ops:
+            operand.expr = self._looked_at(operand.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:
+        node.node = self.visit(node.node)
+        node.arg = self.visit(node.arg) if isinstance(node.arg, nodes.Slice) else self._looked_at(node.arg)
+        return node
+
+    def _looked_at(self, node: nodes.Expr) -> nodes.Expr:
+        node = self.visit(node)
+        return node if isinstance(node, nodes.Const) else _filtered(node, _PLAIN)
+
+    def _written(self, node: Any) -> Any:
+        """An expression whose value may be written out. A message's role comes from a closed list, so it is the
+        template's as much as a literal is: some build `<|user|>` of it."""
+        match node:
+            case nodes.TemplateData():
+                node.data = self._marks.mark(node.data)
+                return node
+            case nodes.Const(value=str() as text):
+                node.value = self._marks.mark(text)
+                return node
+            case nodes.Add() | nodes.And() | nodes.Or():
+                node.left, node.right = self._written(node.left), self._written(node.right)
+                return node
+            case nodes.Concat():
+                node.nodes = [self._written(child) for child in node.nodes]
+                return node
+            case nodes.CondExpr():
+                node.test = self.visit(node.test)
+                node.expr1 = self._written(node.expr1)
+                node.expr2 = self._written(node.expr2) if node.expr2 is not None else None
+                return node
+            case nodes.Filter() if node.node is not None:
+                node.node = self._written(node.node)
+                node.args = [self.visit(argument) for argument in node.args]
+                return node
+            case nodes.Getattr(attr="role") | nodes.Getitem(arg=nodes.Const(value="role")):
+                return _filtered(self.visit(node), _MARK)
+        return self.visit(node)
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
