@@ -4,6 +4,7 @@ Everything else asks the World: who am I, what is the sum over all data-parallel
 come this far. One process without torchrun is a world of one.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ def process_group(device: str) -> Iterator[tuple[int, int]]:
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     yield dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    gc.collect()  # a model's cycles hold on to communication, which must be gone before the interpreter is
     dist.destroy_process_group()
 
 

@@ -78,7 +78,7 @@ def test_the_screen_ends_with_a_table_of_classes_and_where_things_are(two_ranks:
         assert str(output / path) in stdout
         assert (output / path).exists()
     assert "loss=" in stderr and "tool_call ppl=" in stderr  # the bar
-    assert stderr.count("conversations, ") == 2  # training and validation data, said by one rank only
+    assert stderr.count("conversations (") == 2  # training and validation data, said by one rank only
 
 
 @pytest.mark.distributed

@@ -23,12 +23,16 @@ def lines(*records: object) -> str:
 FILES: dict[str, tuple[str | None, tuple[str, ...], tuple[str, ...]]] = {
     "missing file": (None, (), ("dataset.data_files", "no file", "data.jsonl")),
     "empty file": ("", (), ("data.jsonl has no records",)),
-    "not JSON": (lines(RECORD) + "user: hi\n", (), ("data.jsonl:2", "not JSON", "user: hi")),
-    "no messages": (lines(RECORD, {"text": "hi"}), (), ("data.jsonl:2", "'messages'", "NoneType")),
+    "not JSON": (lines(RECORD) + "user: hi\n", (), ("data.jsonl:2", "broken_json", "1 of 2 records")),
+    "no messages": (
+        lines(RECORD, {"text": "hi"}),
+        (),
+        ("data.jsonl:2", "unknown_format", "no format has these keys: text"),
+    ),
     "null content": (
         lines({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]}),
         (),
-        ("data.jsonl:1", "message 1 (assistant)", "content must be text"),
+        ("data.jsonl:1", "empty_turn", "messages[1]"),
     ),
     "fewer conversations than a step": (
         lines(*[RECORD] * 3),
