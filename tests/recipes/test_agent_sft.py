@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from tests import tune
 from torchtune_agent._tune import config_path
 from torchtune_agent.metrics import read_rows
+from torchtune_agent.toolworld import ToolWorld
 
 SPEC_METRICS = [
     f"{split}_{group}{metric}"
@@ -230,6 +232,34 @@ def test_tensor_parallel_ranks_train_as_one(tmp_path: Path) -> None:
         logged = rows_by_name(read_rows(folder / "out" / "logs" / "metrics.jsonl"))["loss"]
         losses.append([loss for _, loss in logged])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_bf16_with_selective_checkpointing_learns(tmp_path: Path) -> None:
+    options = ("compile=True", "dtype=bf16", "ac_mode=selective", "ac_option=1", "optimizer.lr=1e-2")
+    result = tune.train(*tune.SMALL, *options, cwd=tmp_path, processes=1)
+    assert result.returncode == 0, result.stderr
+    losses = [loss for _, loss in rows_by_name(read_rows(tmp_path / "out" / "logs" / "metrics.jsonl"))["loss"]]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_class_weights_choose_what_is_learned(tmp_path: Path) -> None:
+    """With no weight on anything but call syntax, that is all a run can be learning."""
+    classes = ("special", "reasoning", "call_name", "arg_name", "arg_value")
+    weights = "{" + ", ".join(f"{name}: 0.0" for name in classes) + "}"
+    config = tmp_path / "weighted.yaml"
+    text = config_path("tiny/agent_sft").read_text()
+    data = "_component_: torchtune_agent.data.AgentSFTDataset\n  data_files: data.jsonl"
+    text = re.sub(r"(?<=\ndataset:\n  ).*?(?=\ndataset_val)", f"{data}\n  class_weights: {weights}", text, flags=re.S)
+    config.write_text(text)
+    records = ToolWorld(num_tools=20).conversations("train", 8)
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    small = [override for override in tune.SMALL if not override.startswith("dataset.")]
+    result = tune.train(*small, cwd=tmp_path, processes=1, config=str(config))
+    assert result.returncode == 0, result.stderr
+    logged = rows_by_name(read_rows(tmp_path / "out" / "logs" / "metrics.jsonl"))
+    assert "train_call_syntax_nll" in logged and "train_reasoning_nll" not in logged
+    assert logged["train_call_syntax_nll"][0][1] == pytest.approx(logged["loss"][0][1], rel=1e-5)
 
 
 def test_without_classification_training_and_overall_metrics_go_on(tmp_path: Path) -> None:

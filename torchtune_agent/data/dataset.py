@@ -323,7 +323,7 @@ def encode_records(records: Iterable[Record], transform: AgentSFTTransform) -> t
                 raise record.problem
             made, name = transform.encode(record.data)
         except BadRecord as error:
-            report.leave_out(record.where, error, record.excerpt)
+            report.leave_out(record.where, error, record.excerpt or str(record.data))
             continue
         report.num_trained += 1
         report.formats += Counter([name])

@@ -22,7 +22,7 @@ _SUFFIXES = (".jsonl", ".json", ".traj", ".jsonl.gz", ".json.gz", ".jsonl.zst", 
 
 @dataclass(frozen=True)
 class Record:
-    """`data`, or the problem that kept it from being read. `excerpt` is the beginning of its text."""
+    """`data`, or the problem that kept it from being read. `excerpt` is the beginning of its text where it has one."""
 
     where: str  # "file:line" or "source[index]"
     data: Mapping[str, Any]
@@ -141,15 +141,14 @@ def _whole_document(content: bytes) -> list[Any] | None:
 def _checked(rows: Iterator[tuple[str, Any]]) -> Iterator[Record]:
     """Records that did not come through `parse_line`, held to the same rules."""
     for where, row in rows:
-        excerpt = str(row)[:400]
         try:
             if not isinstance(row, Mapping):
                 raise BadRecord("wrong_type", f"expected an object, found {type(row).__name__}")
             check_depth(row)
             check_texts(row)
-            yield Record(where, row, excerpt=excerpt)
+            yield Record(where, row)
         except BadRecord as problem:
-            yield Record(where, {}, problem, excerpt)
+            yield Record(where, {}, problem, str(row)[:400])
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
