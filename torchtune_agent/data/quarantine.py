@@ -42,7 +42,9 @@ class DataReport:
     left_out: list[LeftOut] = field(default_factory=list)
 
     def leave_out(self, where: str, error: BadRecord, excerpt: str) -> None:
-        self.left_out.append(LeftOut(where, error.code, error.detail, printable(excerpt[:_EXCERPT])))
+        self.left_out.append(
+            LeftOut(where, error.code, printable(error.detail.rstrip(".")), printable(excerpt[:_EXCERPT]))
+        )
 
     def __add__(self, other: "DataReport") -> "DataReport":
         return DataReport(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

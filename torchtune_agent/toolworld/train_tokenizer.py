@@ -23,10 +23,22 @@ MODEL_MAX_LENGTH = 2048
 # Worlds of (number of tools, number of conversations): names of many tools, and the default world's well covered.
 CORPUS = ((2500, 3000), (200, 1000))
 
-# ChatML; tool results are one user turn, as the Qwen2.5 models expect them.
+# ChatML; calls are written as ToolWorld writes them; tool results are one user turn, as for the Qwen2.5 models.
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+    {{- '<|im_start|>system\\n' -}}
+    {%- if messages[0].role == 'system' -%}
+        {{- messages[0].content + '\\n' -}}
+    {%- endif -%}
+    {{- 'You can call these tools:' -}}
+    {%- for tool in tools -%}
+        {{- '\\n' + (tool | tojson) -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
-    {%- if message.role == 'tool' -%}
+    {%- if tools and loop.first and message.role == 'system' -%}
+    {%- elif message.role == 'tool' -%}
         {%- if loop.first or loop.previtem.role != 'tool' -%}
             {{- '<|im_start|>user' -}}
         {%- endif -%}
@@ -35,7 +47,19 @@ CHAT_TEMPLATE = """\
             {{- '<|im_end|>\\n' -}}
         {%- endif -%}
     {%- else -%}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+        {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') -}}
+        {%- for call in message.tool_calls or [] -%}
+            {%- if message.content or not loop.first -%}
+                {{- '\\n' -}}
+            {%- endif -%}
+            {{- '<function=' + call.function.name + '>\\n' -}}
+            {%- for name, value in call.function.arguments.items() -%}
+                {{- '<parameter=' + name + '>\\n' + (value if value is string else value | tojson) -}}
+                {{- '\\n</parameter>\\n' -}}
+            {%- endfor -%}
+            {{- '</function>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>\\n' -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

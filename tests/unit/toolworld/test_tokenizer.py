@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from torchtune_agent.toolworld import TOKENIZER_DIR, ToolWorld
+from torchtune_agent.toolworld import TOKENIZER_DIR, Call, ToolWorld, render_call
 from torchtune_agent.toolworld.train_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, write
 
 TOKENIZER = Tokenizer.from_file(str(TOKENIZER_DIR / "tokenizer.json"))
@@ -55,6 +55,23 @@ def test_chat_template() -> None:
     assert generation == f"{expected}<|im_start|>assistant\n"
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     assert ids == TOKENIZER.encode(expected).ids
+
+
+def test_the_chat_template_writes_calls_as_toolworld_does() -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(TOKENIZER_DIR))
+    calls = [Call("get_price", {"item": "Zoë's lamp", "quantity": 3}), Call("list_orders", {})]
+    message = {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls],
+    }
+    tools = [{"type": "function", "function": {"name": "list_orders"}}]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, message], tools=tools, tokenize=False)
+    written = "\n".join(render_call(call.name, call.arguments) for call in calls)
+    assert text.endswith(f"<|im_start|>assistant\nI look.\n{written}<|im_end|>\n")
+    assert text.startswith("<|im_start|>system\nYou can call these tools:\n{")
+    assert text.count("<|im_start|>system") == 1
 
 
 @pytest.mark.parametrize("num_tools", [200, 2500])
