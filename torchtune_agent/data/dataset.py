@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
+from torchtune.data import Message
 from tqdm import tqdm
 
 from torchtune_agent.config import component, instantiate
@@ -117,12 +118,19 @@ class AgentSFTTransform:
         record = rename_columns(record, self._column_map)
         if self._message_transform is not None:
             assert not isinstance(self._cutting_encoder, ChatTemplateEncoder)
-            messages = self._message_transform(record)["messages"]
-            return self._finished(self._cutting_encoder.encode_messages(messages)), "messages"
+            return self._finished(self._cutting_encoder.encode_messages(self._transformed(record))), "messages"
         name = detect(record) if self._format == "auto" else self._format
         conversation = convert(record, name)
         check(conversation)
         return self.encode_conversation(conversation), name if isinstance(name, str) else name.__name__
+
+    def _transformed(self, record: Mapping[str, Any]) -> list[Message]:
+        """What the user's message transform makes of a record."""
+        try:
+            return self._message_transform(record)["messages"]
+        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            name = type(self._message_transform).__name__
+            raise BadRecord("wrong_type", f"{name} cannot read it ({type(error).__name__}: {error})") from error
 
     def encode_conversation(self, conversation: Conversation) -> list[Encoded]:
         """The samples of a conversation that is known to be sound; BadRecord where nothing in it can be trained."""

@@ -166,3 +166,11 @@ def test_training_only_calls_leaves_out_records_without_one(tmp_path):
     tokenizer = tokenizers.chat_template(tmp_path)
     dataset = AgentSFTDataset(tokenizer, source=[GOOD, call], train_on_tool_calls_only=True)
     assert len(dataset) == 1 and dataset.report.num_trained == 1
+
+
+def test_a_record_a_message_transform_cannot_read_is_named(tmp_path):
+    transform = {"_component_": "torchtune.data.OpenAIToMessages"}
+    with pytest.raises(UserError, match=r"record 1: wrong_type: OpenAIToMessages cannot read it \(KeyError: 'role'\)"):
+        AgentSFTDataset(
+            tokenizers.qwen2_5(tmp_path), source=[GOOD, {"messages": [{"content": "hi"}]}], message_transform=transform
+        )
