@@ -595,8 +595,12 @@ def test_odd_characters_come_through(tmp_path, odd):
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_a_reason(tmp_path, conversation, reason):
+    without_calls = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     with pytest.raises(RenderError) as error:
-        chat(tmp_path, tokenizers.CHATML).samples(conversation)
+        chat(tmp_path, without_calls).samples(conversation)
     assert error.value.reason == reason
 
 
