@@ -262,8 +262,9 @@ def test_class_weights_choose_what_is_learned(tmp_path: Path) -> None:
     assert logged["train_call_syntax_nll"][0][1] == pytest.approx(logged["loss"][0][1], rel=1e-5)
 
 
-def test_without_classification_training_and_overall_metrics_go_on(tmp_path: Path) -> None:
-    result = tune.train(*tune.SMALL, "enable_token_classification=False", cwd=tmp_path, processes=1)
+@pytest.mark.parametrize("key", ["enable_token_classification", "dataset.enable_token_classification"])
+def test_without_classification_training_and_overall_metrics_go_on(key: str, tmp_path: Path) -> None:
+    result = tune.train(*tune.SMALL, f"{key}=False", cwd=tmp_path, processes=1)
     assert result.returncode == 0, result.stderr
     logged = rows_by_name(read_rows(tmp_path / "out" / "logs" / "metrics.jsonl"))
     assert "train_top5_prob" in logged and "val_entropy" in logged

@@ -33,9 +33,9 @@ def sft_data(run: Run, tokenizer: Any, model: nn.Module) -> SFTData:
     settings, world = run.settings, run.world
     plan = StepPlan(settings.batch_size, settings.gradient_accumulation_steps, world.dp_rank, world.dp_size)
     datasets = _datasets(run, "dataset", tokenizer, model)
-    has_token_classes = all("token_class" in dataset[0] for dataset in datasets)
+    has_token_classes = all(_has_token_classes(dataset) for dataset in datasets)
     if settings.enable_token_classification and not has_token_classes:
-        run.say("              not an AgentSFTDataset: its tokens have no classes, so metrics are overall only")
+        run.say("              not every dataset tells its tokens' classes, so metrics are overall only")
     train = _loader(run, "dataset", datasets, tokenizer, plan, shuffle=settings.shuffle)
     if train.num_rows < plan.rows_per_step:
         raise UserError(
@@ -49,6 +49,10 @@ def sft_data(run: Run, tokenizer: Any, model: nn.Module) -> SFTData:
         datasets = _datasets(run, "dataset_val", tokenizer, model)
         validation = _loader(run, "dataset_val", datasets, tokenizer, plan, shuffle=False)
     return SFTData(train, validation, has_token_classes)
+
+
+def _has_token_classes(dataset: Any) -> bool:
+    return dataset.has_token_classes if isinstance(dataset, AgentSFTDataset) else "token_class" in dataset[0]
 
 
 def _datasets(run: Run, key: str, tokenizer: Any, model: nn.Module) -> list[Any]:
