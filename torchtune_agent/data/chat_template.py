@@ -57,6 +57,13 @@ class ChatTemplate:
         for name in self._sources:
             self._compile(name, None)
 
+    def identity(self) -> dict[str, Any]:
+        """All that a rendering depends on beside the conversation. A template that may ask for the time says another
+        thing every day."""
+        asks = any("strftime_now" in source for source in self._sources.values())
+        today = (self._date or datetime.now()).date().isoformat() if asks else None
+        return {"sources": self._sources, "special_tokens": dict(self._special_tokens), "today": today}
+
     def pieces(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -1,19 +1,20 @@
 """AgentSFTDataset: conversations in, tokens with a class on every one out.
 
-Everything is tokenized when the dataset is made, so that what cannot be trained is found, counted and
-listed before the first step, and the number of steps is known.
+Everything is tokenized when the dataset is made for the first time, so that what cannot be trained is found, counted
+and listed before the first step, and the number of steps is known. The tokens are kept on disk.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 from torchtune.data import Message
-from tqdm import tqdm
 
 from torchtune_agent.config import component, instantiate
+from torchtune_agent.data import fingerprint
+from torchtune_agent.data.cache import cache_folder, fetch
 from torchtune_agent.data.conversation import Conversation
 from torchtune_agent.data.encode import (
     ChatTemplateEncoder,
@@ -27,12 +28,13 @@ from torchtune_agent.data.formats import FORMATS, convert, detect, rename_column
 from torchtune_agent.data.quarantine import DataReport
 from torchtune_agent.data.reasons import BadRecord
 from torchtune_agent.data.served import TrainOn
-from torchtune_agent.data.sources import Record, read_records
+from torchtune_agent.data.sources import Source, place
 from torchtune_agent.data.store import TokenStore
 from torchtune_agent.data.tagging import CallMarkers, call_styles
 from torchtune_agent.data.templates import ChatTemplateTokenizer
 from torchtune_agent.data.token_class import REASONING_CLASSES, TOOL_CALL_CLASSES, TokenClass
 from torchtune_agent.data.token_text import vocabulary
+from torchtune_agent.data.tokenizing import tokenize_source
 from torchtune_agent.data.validate import check
 from torchtune_agent.data.windows import windows
 from torchtune_agent.distributed import rank_from_environment
@@ -101,6 +103,19 @@ class AgentSFTTransform:
         markers = _markers(tool_call_start_token, tool_call_end_token)
         style = "custom" if markers else call_style
         call_styles(style, markers)  # refuses an unknown one
+        self._tokenizer = tokenizer
+        self._options = {
+            "format": self._format,
+            "column_map": self._column_map,
+            "message_transform": _with_component(message_transform),
+            "classified": enable_token_classification,
+            "train_on": train_on,
+            "weights": {kind.name: weight for kind, weight in self._weights.items()},
+            "style": component(style, "dataset.call_style") if "." in style else style,
+            "markers": markers and [markers.start, markers.end],
+            "max_seq_len": self.max_seq_len,
+            "over_long": over_long,
+        }
         self._encoder = self._make_encoder(tokenizer, train_on, style, markers, None)
         self._cutting_encoder = self._make_encoder(tokenizer, train_on, style, markers, self.max_seq_len)
 
@@ -112,6 +127,10 @@ class AgentSFTTransform:
             return MaskEncoder(tokenizer, train_on, limit)
         classifier = Classifier(vocabulary(tokenizer), limit, style, markers)
         return (ChatTemplateEncoder if chat else TorchtuneEncoder)(tokenizer, classifier, train_on)
+
+    def fingerprint(self) -> Any:
+        """Of everything that samples depend on beside the record."""
+        return [fingerprint.of_option(self._options), fingerprint.of_tokenizer(self._tokenizer)]
 
     def encode(self, record: Mapping[str, Any]) -> tuple[list[Encoded], str]:
         """The samples of one record and the format it was read as; BadRecord where there are none."""
@@ -202,6 +221,12 @@ def _format_of_user(path: str) -> Any:
     return component(path, "dataset.format")
 
 
+def _with_component(config: Any) -> Any:
+    if not isinstance(config, Mapping):
+        return config
+    return {key: component(value, "") if key == "_component_" else value for key, value in config.items()}
+
+
 def _markers(start: str | None, end: str | None) -> CallMarkers | None:
     if start is None and end is None:
         return None
@@ -253,6 +278,8 @@ class AgentSFTDataset(Dataset):
         packed: read by the recipe, whose loader packs samples into sequences of the tokenizer's max_seq_len.
         max_bad_fraction: stop where more than this share of the records cannot be trained on.
         load_dataset_kwargs: further arguments of `datasets.load_dataset`.
+        cache_dir: where tokens are kept ($TORCHTUNE_AGENT_CACHE, else ~/.cache/torchtune_agent). They are mapped from
+            there, not loaded, and made again only where the data, the tokenizer or an option is no longer the same.
 
     The other arguments are those of `AgentSFTTransform`.
     """
@@ -280,6 +307,7 @@ class AgentSFTDataset(Dataset):
         over_long: OverLong = "right",
         max_bad_fraction: float = 0.01,
         load_dataset_kwargs: Mapping[str, Any] | None = None,
+        cache_dir: str | None = None,
     ) -> None:
         self.has_token_classes = enable_token_classification
         self.transform = AgentSFTTransform(
@@ -298,10 +326,10 @@ class AgentSFTDataset(Dataset):
             max_seq_len=max_seq_len,
             over_long=over_long,
         )
-        records = read_records(source, data_files, split, load_dataset_kwargs)
-        samples, self.report = encode_records(records, self.transform)
+        records = Source(source, data_files, split, load_dataset_kwargs or {})
+        self._store = _tokens(records, self.transform, cache_folder(cache_dir))
+        self.report = DataReport.from_json(self._store.summary["report"])
         self.report.check(max_bad_fraction)
-        self._store = TokenStore.in_memory(samples)
 
     def __len__(self) -> int:
         return len(self._store)
@@ -310,34 +338,37 @@ class AgentSFTDataset(Dataset):
         return as_sample(self._store[index])
 
     @property
-    def lengths(self) -> list[int]:
+    def folder(self) -> Path | None:
+        """Where the tokens are kept; None where they are in memory only."""
+        return self._store.folder
+
+    def where(self, index: int) -> str:
+        """The record a sample was made of: file:line, or source[index]."""
+        source, number = self._store.record_of(index)
+        name, is_line = self._store.summary["sources"][source]
+        return place(name, number, is_line)
+
+    @property
+    def lengths(self) -> np.ndarray:
         """Tokens in every sample."""
-        return self._store.lengths.tolist()
+        return self._store.lengths
 
     @property
     def largest_token(self) -> int:
-        return self._store.largest_token
+        return self._store.summary["largest_token"]
 
 
-def encode_records(records: Iterable[Record], transform: AgentSFTTransform) -> tuple[list[Encoded], DataReport]:
-    """The samples of all records, and what became of every record."""
-    samples: list[Encoded] = []
-    report = DataReport()
-    quiet = rank_from_environment() != 0
-    for record in tqdm(records, desc="Tokenizing", unit=" records", disable=quiet, leave=False, delay=1):
-        report.num_read += 1
-        try:
-            if record.problem is not None:
-                raise record.problem
-            made, name = transform.encode(record.data)
-        except BadRecord as error:
-            report.leave_out(record.where, error, record.excerpt or str(record.data))
-            continue
-        report.num_trained += 1
-        report.formats += Counter([name])
-        report.num_samples += len(made)
-        report.num_cut += sum(sample.num_cut > 0 for sample in made)
-        report.num_tokens += sum(len(sample.tokens) for sample in made)
-        report.num_supervised += sum(int((s.token_class[1:] != TokenClass.IGNORED).sum()) for s in made)
-        samples.extend(made)
-    return samples, report
+def _tokens(records: Source, transform: AgentSFTTransform, folder: Path) -> TokenStore:
+    """The samples of all records, found in `folder` or put there; in memory where there is no telling whether they
+    would be the same the next time."""
+    summary: dict[str, Any] = {}
+    try:
+        parts = [fingerprint.of_code(), records.fingerprint(folder / "files"), transform.fingerprint()]
+    except fingerprint.Unknown:
+        quiet = rank_from_environment() != 0
+        return TokenStore.in_memory(tokenize_source(records, transform, summary, quiet=quiet), summary)
+
+    def write(place: Path) -> None:
+        TokenStore.write(place, tokenize_source(records, transform, summary), summary)
+
+    return fetch(folder, fingerprint.combine(parts), write)

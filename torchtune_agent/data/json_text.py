@@ -7,18 +7,23 @@ and characters as themselves, not as \\u escapes, because that is what `tojson` 
 that stand in the record as a string never come through here.
 """
 
+import codecs
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from json.encoder import encode_basestring
-from typing import Any
+from typing import IO, Any
 
 from torchtune_agent.data.reasons import BadRecord
+from torchtune_agent.errors import UserError
 
 MAX_LINE_BYTES = 100_000_000
 # Below what any supported Python parses and writes without running into its recursion limit, in any stack of callers.
 MAX_DEPTH = 200
 _LONGEST_INT = 4000  # digits; Python refuses to convert much longer ones, to protect against slow input
 _BOM = b"\xef\xbb\xbf"
+_AFTER_ELEMENT = (",", "]", " ", "\t", "\r", "\n")
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class SpelledFloat(float):
@@ -63,6 +68,73 @@ def loads(text: str) -> Any:
     return _DECODER.decode(text)
 
 
+def parse_list(file: IO[bytes], name: str, block_bytes: int = 1 << 20) -> Iterator[Any]:
+    """The elements of a file that is one JSON list, one after the other; a BadRecord for one that repeats a key."""
+    text = _GrowingText(file, block_bytes)
+    index = 0
+    try:
+        mark = text.take()
+        if mark == "[" and text.peek() == "]":
+            mark = text.take()
+        while mark in ("[", ","):
+            yield text.element()
+            index += 1
+            mark = text.take()
+        if mark != "]" or text.peek():
+            raise ValueError("expected a comma or the list's end" if mark != "]" else "text follows the list's end")
+    except (ValueError, RecursionError) as error:
+        said = getattr(error, "msg", error)  # without the position, which counts from the last text that was read
+        raise UserError(f"{name}[{index}]: {said}. Nothing behind it can be read: mend the file.") from error
+
+
+class _GrowingText:
+    """The text of a file from the place that is being read; more is read when it is needed."""
+
+    def __init__(self, file: IO[bytes], block_bytes: int) -> None:
+        self._file, self._block_bytes = file, block_bytes
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._at = "", 0
+
+    def _grow(self) -> bool:
+        """Read as much as there is, so that a long element costs no more than twice its length; False at the end."""
+        content = self._file.read(max(self._block_bytes, len(self._text) - self._at))
+        self._text, self._at = self._text[self._at :] + self._decode(content, final=not content), 0
+        return bool(content)
+
+    def peek(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self._at < len(self._text) or not self._grow():
+                return self._text[self._at : self._at + 1]
+
+    def take(self) -> str:
+        mark = self.peek()
+        self._at += len(mark)
+        return mark
+
+    def element(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, end = _decode_at(self._text, self._at)
+            except json.JSONDecodeError:
+                if not self._grow():
+                    raise
+                continue
+            # Until its end is seen, a number may go on.
+            if self._text[end : end + 1] in _AFTER_ELEMENT or not self._grow():
+                self._at = end
+                return value
+
+
+def _decode_at(text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, at)
+    except BadRecord as problem:
+        return problem, json.JSONDecoder().raw_decode(text, at)[1]
+
+
 def dumps(value: Any) -> str:
     """Like `json.dumps(value, ensure_ascii=False)`, but numbers that `loads` read keep their spelling."""
     if isinstance(value, str):
@@ -92,7 +164,7 @@ def parse_line(line: bytes, *, last: bool, first: bool = False, max_bytes: int =
         max_bytes: longer lines are refused unread.
     """
     if len(line) > max_bytes:
-        raise BadRecord("too_long_line", f"{len(line):,} bytes, more than {max_bytes:,}")
+        raise BadRecord("too_long_line", f"more than {max_bytes:,} bytes")
     text = _decode(line, last, first)
     try:
         record = loads(text)

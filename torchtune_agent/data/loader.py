@@ -49,7 +49,10 @@ class StepPlan:
 
 
 class SampleLoader:
-    """Samples of a map-style dataset, shuffled, packed where asked, and collated."""
+    """Samples of a map-style dataset, shuffled, packed where asked, and collated.
+
+    `lengths`, the tokens of every sample, saves packing from reading them all.
+    """
 
     def __init__(
         self,
@@ -59,32 +62,36 @@ class SampleLoader:
         *,
         shuffle: bool,
         seed: int,
-        lengths: Sequence[int] | None = None,
+        lengths: np.ndarray | None = None,
     ) -> None:
         self._dataset = dataset
         self._collator = collator
         self._plan = plan
         self._shuffle = shuffle
         self._seed = seed
+        self._packs: list[list[int]] | None = None
         if collator.pack_to is not None:
-            lengths = lengths if lengths is not None else [len(dataset[i]["tokens"]) for i in range(len(dataset))]
-            self._rows = pack(lengths, collator.pack_to)
-        else:
-            self._rows = [[i] for i in range(len(dataset))]
+            if lengths is None:
+                lengths = np.array([len(dataset[i]["tokens"]) for i in range(len(dataset))])
+            self._packs = pack(lengths, collator.pack_to)
 
     @property
     def num_rows(self) -> int:
-        return len(self._rows)
+        return len(self._dataset if self._packs is None else self._packs)
+
+    def row(self, number: int) -> list[int]:
+        """The samples of a row."""
+        return [number] if self._packs is None else self._packs[number]
 
     @property
     def steps_per_epoch(self) -> int:
-        return self._plan.num_steps(len(self._rows))
+        return self._plan.num_steps(self.num_rows)
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers in the order the epoch trains them, the same on every rank."""
         if not self._shuffle:
-            return np.arange(len(self._rows))
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+            return np.arange(self.num_rows)
+        return np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
 
     def epoch(self, number: int) -> Iterator[list[Batch]]:
         order = self.order(number)
@@ -93,4 +100,4 @@ class SampleLoader:
             yield [self._collate(rows) for rows in self._plan.step(step)]
 
     def _collate(self, rows: Sequence[int]) -> Batch:
-        return self._collator([[self._dataset[i] for i in self._rows[row]] for row in rows])
+        return self._collator([[self._dataset[i] for i in self.row(row)] for row in rows])

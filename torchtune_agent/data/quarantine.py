@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torchtune_agent.data.reasons import BadRecord, ReasonCode
 from torchtune_agent.errors import UserError
@@ -46,8 +47,20 @@ class DataReport:
             LeftOut(where, error.code, printable(error.detail.rstrip(".")), printable(excerpt[:_EXCERPT]))
         )
 
-    def __add__(self, other: "DataReport") -> "DataReport":
-        return DataReport(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def add(self, other: "DataReport") -> None:
+        """Count what `other` counts as well."""
+        for name in self.__dataclass_fields__:
+            total = getattr(self, name)
+            total += getattr(other, name)
+            setattr(self, name, total)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "formats": dict(self.formats), "left_out": [asdict(item) for item in self.left_out]}
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> "DataReport":
+        left_out = [LeftOut(**item) for item in written["left_out"]]
+        return cls(**{**written, "formats": Counter(written["formats"]), "left_out": left_out})
 
     def check(self, max_bad_fraction: float) -> None:
         """Stop where more than this share of the records is bad, with the first of them."""

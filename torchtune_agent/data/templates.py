@@ -98,6 +98,16 @@ class ChatTemplateTokenizer(ModelTokenizer):
         self._byte_of = byte_of_char()
         self._special_text = {i: text.encode() for text, i in self.special_tokens.items()}
 
+    def identity(self) -> dict[str, Any]:
+        """All that its tokens depend on."""
+        return {
+            "tokenizer": self._tokenizer.to_str(),
+            "template": self._template.identity(),
+            "template_args": self._template_args,
+            "control_tokens": self._spelled,
+            "history": self._history,
+        }
+
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
         return self._rendering(conversation, traced=False).render(prompt=add_generation_prompt)

@@ -22,6 +22,7 @@ from torchtune_agent.data.templates import ChatTemplateTokenizer
 from torchtune_agent.errors import UserError
 
 _PLACEHOLDER = b"\xff"  # for ids without text of their own; never part of UTF-8 text
+_Read = tuple[Callable[[int], bytes], set[int], int]  # text of an id, special ids, largest id
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Vocabulary:
 
     text_of: Callable[[int], bytes]
     special_ids: frozenset[int]
+    size: int  # ids are below it, though not all need be in use
 
     def spell(self, tokens: Sequence[int]) -> tuple[bytes, np.ndarray]:
         """The bytes of `tokens` joined, and where each begins (with one more entry: the end)."""
@@ -43,8 +45,8 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     """The vocabulary of a torchtune tokenizer."""
     for kind, read in _READERS.items():
         if isinstance(tokenizer, kind):
-            text_of, special_ids = read(tokenizer)
-            return Vocabulary(_never_empty(text_of), frozenset(special_ids))
+            text_of, special_ids, size = read(tokenizer)
+            return Vocabulary(_never_empty(text_of), frozenset(special_ids), max(size, *special_ids, 0) + 1)
     raise UserError(
         f"tokenizer: token classes need to know the bytes of every token, and {type(tokenizer).__name__} is not among "
         f"the tokenizers this version can read ({', '.join(kind.__name__ for kind in _READERS)}). "
@@ -56,7 +58,7 @@ def _never_empty(text_of: Callable[[int], bytes]) -> Callable[[int], bytes]:
     return lru_cache(maxsize=None)(lambda token: text_of(token) or _PLACEHOLDER)
 
 
-def _byte_level(tokenizer: Any, base: Any) -> tuple[Callable[[int], bytes], set[int]]:
+def _byte_level(tokenizer: Any, base: Any) -> _Read:
     """Byte-level BPE: `base` writes every byte as a printable character."""
     special = {i: text.encode() for text, i in tokenizer.special_tokens.items()}
 
@@ -65,17 +67,15 @@ def _byte_level(tokenizer: Any, base: Any) -> tuple[Callable[[int], bytes], set[
             return special[token]
         return bytes(base.byte_decoder[c] for c in base.decoder.get(token, ""))
 
-    return text_of, set(special)
+    return text_of, set(special), max(base.decoder)
 
 
-def _llama3(tokenizer: Llama3Tokenizer) -> tuple[Callable[[int], bytes], set[int]]:
+def _llama3(tokenizer: Llama3Tokenizer) -> _Read:
     encoding = tokenizer.tt_model.tt_model
-    return encoding.decode_single_token_bytes, set(tokenizer.special_tokens.values())
+    return encoding.decode_single_token_bytes, set(tokenizer.special_tokens.values()), encoding.max_token_value
 
 
-def _sentencepiece(
-    tokenizer: Any, special_tokens: Mapping[str, int] | None = None
-) -> tuple[Callable[[int], bytes], set[int]]:
+def _sentencepiece(tokenizer: Any, special_tokens: Mapping[str, int] | None = None) -> _Read:
     model = tokenizer._spm_model.spm_model
     named = {i: text.encode() for text, i in (special_tokens or {}).items()}
     control = {i for i in range(model.vocab_size()) if model.is_control(i)} | set(named)
@@ -88,14 +88,14 @@ def _sentencepiece(
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
 
-    return text_of, control
+    return text_of, control, model.vocab_size() - 1
 
 
-def _chat_template(tokenizer: ChatTemplateTokenizer) -> tuple[Callable[[int], bytes], set[int]]:
-    return tokenizer.token_bytes, set(tokenizer.special_tokens.values())
+def _chat_template(tokenizer: ChatTemplateTokenizer) -> _Read:
+    return tokenizer.token_bytes, set(tokenizer.special_tokens.values()), tokenizer.vocab_size - 1
 
 
-_READERS: dict[type, Callable[[Any], tuple[Callable[[int], bytes], set[int]]]] = {
+_READERS: dict[type, Callable[[Any], _Read]] = {
     ChatTemplateTokenizer: _chat_template,
     Qwen2Tokenizer: lambda tokenizer: _byte_level(tokenizer, tokenizer),
     Llama3Tokenizer: _llama3,

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 from torchtune.datasets import ConcatDataset
@@ -67,9 +68,13 @@ def _datasets(run: Run, key: str, tokenizer: Any, model: nn.Module) -> list[Any]
         datasets.append(dataset)
     reports = [dataset.report for dataset in datasets if isinstance(dataset, AgentSFTDataset)]
     if reports:
-        report = sum(reports, DataReport())
+        report = DataReport()
+        for one in reports:
+            report.add(one)
         for i, line in enumerate(report.lines()):
             run.say(f"{key if i == 0 else '':<14}{line}")
+        for folder in {dataset.folder for dataset in datasets if isinstance(dataset, AgentSFTDataset)} - {None}:
+            run.say(f"              tokens kept in {folder}")
         if report.left_out and run.world.is_main:
             path = run.settings.output_dir / "logs" / f"quarantine_{key}.jsonl"
             write_quarantine(report.left_out, path)
@@ -96,8 +101,16 @@ def _loader(run: Run, key: str, datasets: list[Any], tokenizer: Any, plan: StepP
         special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
     )
     dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+    lengths = [one.lengths for one in datasets if isinstance(one, AgentSFTDataset)]
     assert run.settings.seed is not None
-    return SampleLoader(dataset, collator, plan, shuffle=shuffle, seed=run.settings.seed)  # pyright: ignore
+    return SampleLoader(
+        dataset,  # pyright: ignore[reportArgumentType]
+        collator,
+        plan,
+        shuffle=shuffle,
+        seed=run.settings.seed,
+        lengths=np.concatenate(lengths) if len(lengths) == len(datasets) else None,
+    )
 
 
 def _make(section: DictConfig, key: str, tokenizer: Any, settings: Settings) -> Any:
@@ -121,7 +134,7 @@ def _check_against_model(dataset: AgentSFTDataset, key: str, tokenizer: Any, mod
             f"tokenizer: its tokens reach id {largest}, but the model's embedding has {rows} rows. "
             "Use the tokenizer that belongs to the model."
         )
-    limit, longest = model.max_seq_len, max(dataset.lengths)
+    limit, longest = model.max_seq_len, int(dataset.lengths.max())
     if longest > limit:
         raise UserError(
             f"{key}: its longest conversation has {longest} tokens, and the model takes {limit}. "

@@ -1,14 +1,26 @@
 """JSON that keeps its spelling, and the reason given for every kind of broken line."""
 
 import copy
+import io
 import json
 import pickle
 import random
+import re
 
 import pytest
 
-from torchtune_agent.data.json_text import MAX_DEPTH, SpelledFloat, check_depth, check_texts, dumps, loads, parse_line
+from torchtune_agent.data.json_text import (
+    MAX_DEPTH,
+    SpelledFloat,
+    check_depth,
+    check_texts,
+    dumps,
+    loads,
+    parse_line,
+    parse_list,
+)
 from torchtune_agent.data.reasons import BadRecord
+from torchtune_agent.errors import UserError
 
 
 def code_of(line: bytes, *, last: bool = False, first: bool = False, max_bytes: int = 10**6) -> str:
@@ -146,3 +158,46 @@ def test_values_that_were_not_read_from_text():
     for value, code in (({"a": ["x\0"]}, "nul"), ({"\ud800": 1}, "lone_surrogate")):
         with pytest.raises(BadRecord, match=code):
             check_texts(value)
+
+
+def random_value(rng: random.Random, depth: int = 0):
+    kind = rng.randrange(7 if depth < 3 else 5)
+    if kind == 5:
+        return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if kind == 6:
+        return {f"k{i}": random_value(rng, depth + 1) for i in range(rng.randrange(4))}
+    return [rng.randint(-(10**6), 10**6), rng.random() * 1e5, 'é👩‍🚀x"\\' * rng.randrange(5), None, True][kind]
+
+
+def test_a_list_is_read_element_by_element_wherever_its_blocks_end():
+    rng = random.Random(0)
+    for _ in range(1000):
+        rows = [random_value(rng) for _ in range(rng.randrange(6))]
+        text = json.dumps(rows, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1]))
+        file = io.BytesIO(rng.choice([b"", b"\xef\xbb\xbf"]) + text.encode())
+        assert list(parse_list(file, "f", rng.choice([1, 2, 3, 7, 50]))) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (b"[", "f[0]"),
+        (b"[1", "f[1]"),
+        (b"[1,", "f[1]"),
+        (b"[1 2]", "f[1]"),
+        (b"[1] x", "f[1]"),
+        (b"[,1]", "f[0]"),
+        (b"[1,]", "f[1]"),
+        (b'["a", "\xff"]', "f[1]"),
+        (b"[{}, [[[[}", "f[1]"),
+        (b"[1, " + b"[" * 100_000, "f[1]"),
+    ],
+)
+def test_a_list_that_is_broken_is_refused_where_it_is(text, place):
+    with pytest.raises(UserError, match=re.escape(f"{place}: ")):
+        list(parse_list(io.BytesIO(text), "f", 2))
+
+
+def test_an_element_that_repeats_a_key_does_not_end_the_list():
+    first, second, third = parse_list(io.BytesIO(b'[{"a": 1}, {"a": 1, "a": 2}, 3]'), "f")
+    assert (first, third) == ({"a": 1}, 3) and second.code == "duplicate_key"

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from tests import tokenizers
-from torchtune_agent.data import AgentSFTDataset
+from torchtune_agent.data import AgentSFTDataset, sources
 from torchtune_agent.data.sources import read_records
 from torchtune_agent.errors import UserError
 
@@ -75,6 +75,41 @@ def test_a_line_that_cannot_be_read_is_handed_on_with_its_place_and_reason(tmp_p
     assert content.split(b"\n")[int(words[0][-1]) - 1].decode("utf-8", "replace").startswith(bad.excerpt[:20])
 
 
+@pytest.mark.parametrize("block", [1, 5, 64, 1000])
+def test_lines_are_the_same_wherever_blocks_end(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", block)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\n\n{"a": 1}\n  \n{"b": "\xc3\xa9"}\r\n\n\n\n{"c": 3}\n\n{"d": \n \n\n')
+    records = list(read_records("json", str(path)))
+    assert [(record.number, dict(record.data)) for record in records] == [
+        (3, {"a": 1}),
+        (5, {"b": "é"}),
+        (9, {"c": 3}),
+        (11, {}),
+    ]
+    assert records[-1].problem is not None and records[-1].problem.code == "broken_json"
+
+
+def test_a_line_too_long_to_read_is_left_out_and_the_rest_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("torchtune_agent.data.json_text.parse_line.__kwdefaults__", {"first": False, "max_bytes": 1000})
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"a": "x" * 5000}) + "\n" + json.dumps(GOOD) + "\n")
+    good, bad, last = read_records("json", str(path))
+    assert bad.problem is not None and (bad.where, bad.problem.code) == (f"{path}:2", "too_long_line")
+    assert good.data == GOOD and last.data == GOOD and last.where == f"{path}:3"
+
+
+def test_a_json_file_may_hold_one_record_a_conversation_or_lines(tmp_path):
+    path = tmp_path / "d.json"
+    for text in (json.dumps(GOOD, indent=1), json.dumps(GOOD["messages"], indent=1)):
+        path.write_text(text)
+        assert data_of(path) == [{"messages": GOOD["messages"]}]
+    path.write_text("\n".join([json.dumps(GOOD)] * 3))
+    assert data_of(path) == [GOOD] * 3
+
+
 def test_a_file_without_records_is_refused(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\n \n")
@@ -139,7 +174,7 @@ def test_records_without_a_token_to_train_are_counted_and_left_out(tmp_path):
     assert len(dataset) == 2
     report = dataset.report
     assert (report.num_read, report.num_trained) == (3, 2)
-    assert [(item.where, item.reason) for item in report.left_out] == [("record 1", "too_long")]
+    assert [(item.where, item.reason) for item in report.left_out] == [("record[1]", "too_long")]
     assert report.num_tokens == sum(dataset.lengths)
     assert report.num_supervised == sum(int((dataset[i]["labels"][1:] != -100).sum()) for i in range(2))
 
@@ -149,9 +184,9 @@ def test_cut_records_are_counted(tmp_path):
     length = whole.lengths[0]
     cut = AgentSFTDataset(tokenizers.chat_template(tmp_path), source=[GOOD, GOOD], max_seq_len=length - 3)
     assert (whole.report.num_cut, cut.report.num_cut) == (0, 2)
-    assert cut.lengths == [length - 3] * 2
+    assert cut.lengths.tolist() == [length - 3] * 2
     exact = AgentSFTDataset(tokenizers.chat_template(tmp_path), source=[GOOD], max_seq_len=length)
-    assert exact.report.num_cut == 0 and exact.lengths == [length]
+    assert exact.report.num_cut == 0 and exact.lengths.tolist() == [length]
 
 
 def test_another_column_can_hold_the_messages(tmp_path):
@@ -170,7 +205,9 @@ def test_training_only_calls_leaves_out_records_without_one(tmp_path):
 
 def test_a_record_a_message_transform_cannot_read_is_named(tmp_path):
     transform = {"_component_": "torchtune.data.OpenAIToMessages"}
-    with pytest.raises(UserError, match=r"record 1: wrong_type: OpenAIToMessages cannot read it \(KeyError: 'role'\)"):
+    with pytest.raises(
+        UserError, match=r"record\[1\]: wrong_type: OpenAIToMessages cannot read it \(KeyError: 'role'\)"
+    ):
         AgentSFTDataset(
             tokenizers.qwen2_5(tmp_path), source=[GOOD, {"messages": [{"content": "hi"}]}], message_transform=transform
         )
