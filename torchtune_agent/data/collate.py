@@ -4,7 +4,7 @@ Class and call travel with the label they describe: entry t of every [batch, seq
 token predicted *at* t, that is, of token t + 1. The last position of every conversation predicts nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from torchtune_agent.data.dataset import IGNORE_INDEX
+from torchtune_agent.data.joined import SampleInfo
 from torchtune_agent.data.token_class import TokenClass
 
 
@@ -23,14 +24,17 @@ class Batch:
     labels: torch.Tensor  # int64 [batch, sequence], already shifted, IGNORE_INDEX where nothing is trained
     token_class: torch.Tensor  # uint8 [batch, sequence], class of the label
     call_index: torch.Tensor  # int32 [batch, sequence], call of the label, unique within the batch, -1: none
+    sample_index: torch.Tensor  # int32 [batch, sequence], number of the sample in the batch, 0 in padding
     weights: torch.Tensor  # float32 [batch, sequence], weight of the label in the loss, 0 where nothing is trained
     supervised: torch.Tensor  # int64 [num_supervised], flat positions with a label
     num_tokens: int  # without padding
     num_supervised: int
     num_samples: int
+    first_calls: list[int]  # of every sample in `call_index`, and one more: how many calls there are
     total_weight: float  # the sum of `weights`
     input_pos: torch.Tensor | None = None  # int64 [batch, sequence], where packed
     seq_lens: list[torch.Tensor] | None = None  # lengths of the documents in every row, where packed
+    info: Callable[[], list[SampleInfo]] | None = None  # who the samples are, where the data knows
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -64,7 +68,8 @@ class Collator:
         calls = np.full(shape, -1, np.int32)
         weights = np.zeros(shape, np.float32)
         positions = np.zeros(shape, np.int64)
-        next_call = 0
+        numbers = np.zeros(shape, np.int32)
+        first_calls = [0]
         for r, row in enumerate(rows):
             at = 0
             for sample in row:
@@ -75,7 +80,8 @@ class Collator:
                 labels[r, shifted] = np.asarray(sample["labels"])[1:]
                 classes[r, shifted] = self._classes(sample)[1:]
                 weights[r, shifted] = sample["weights"][1:] if "weights" in sample else 1.0
-                next_call = _place_calls(calls[r, shifted], sample, next_call)
+                numbers[r, shifted] = len(first_calls) - 1
+                first_calls.append(_place_calls(calls[r, shifted], sample, first_calls[-1]))
                 at += size
         weights[labels == IGNORE_INDEX] = 0.0
         flat = torch.from_numpy(labels).flatten()
@@ -85,11 +91,13 @@ class Collator:
             labels=torch.from_numpy(labels),
             token_class=torch.from_numpy(classes),
             call_index=torch.from_numpy(calls),
+            sample_index=torch.from_numpy(numbers),
             weights=torch.from_numpy(weights),
             supervised=supervised,
             num_tokens=sum(lengths),
             num_supervised=len(supervised),
             num_samples=sum(len(row) for row in rows),
+            first_calls=first_calls,
             total_weight=float(weights.sum(dtype=np.float64)),
             input_pos=torch.from_numpy(positions) if self.pack_to else None,
             seq_lens=[_seq_lens(row, width) for row in rows or [[]]] if self.pack_to else None,

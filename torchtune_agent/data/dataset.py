@@ -25,6 +25,7 @@ from torchtune_agent.data.encode import (
     scale_classes,
 )
 from torchtune_agent.data.formats import FORMATS, convert, detect, rename_columns
+from torchtune_agent.data.joined import SampleInfo
 from torchtune_agent.data.quarantine import DataReport
 from torchtune_agent.data.reasons import BadRecord
 from torchtune_agent.data.served import TrainOn
@@ -141,7 +142,10 @@ class AgentSFTTransform:
         name = detect(record) if self._format == "auto" else self._format
         conversation = convert(record, name)
         check(conversation)
-        return self.encode_conversation(conversation), name if isinstance(name, str) else name.__name__
+        samples = self.encode_conversation(conversation)
+        for sample in samples:
+            sample.origin = str(conversation.metadata.get("source", ""))
+        return samples, name if isinstance(name, str) else name.__name__
 
     def _transformed(self, record: Mapping[str, Any]) -> list[Message]:
         """What the user's message transform makes of a record."""
@@ -347,6 +351,12 @@ class AgentSFTDataset(Dataset):
         source, number = self._store.record_of(index)
         name, is_line = self._store.summary["sources"][source]
         return place(name, number, is_line)
+
+    def info(self, index: int) -> SampleInfo:
+        where = self.where(index)
+        names = self._store.summary["names"]
+        source = names[self._store.origin(index)] or where.rpartition(":")[0] or where.partition("[")[0]
+        return SampleInfo(where, source, tuple(names[call] for call in self._store.calls(index)))
 
     @property
     def lengths(self) -> np.ndarray:

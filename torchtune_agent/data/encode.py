@@ -8,7 +8,7 @@ left of a message's tokens is its text, whatever it says.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from torchtune_agent.data.conversation import Conversation
 from torchtune_agent.data.messages import to_torchtune
 from torchtune_agent.data.reasons import BadRecord
 from torchtune_agent.data.served import TrainOn, chosen_turns
-from torchtune_agent.data.tagging import CallMarkers, tag_turn, tags_per_token
+from torchtune_agent.data.tagging import CallMarkers, Tags, tag_turn, tags_per_token
 from torchtune_agent.data.templates import ChatTemplateTokenizer
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.data.token_text import Vocabulary
@@ -35,6 +35,8 @@ class Encoded:
     call_index: np.ndarray  # int32, -1 outside calls
     weights: np.ndarray  # float32, 0 where not trained
     num_cut: int = 0  # tokens lost to the length limit
+    tools: list[str] = field(default_factory=list)  # the name in every call, in the order of `call_index`
+    origin: str = ""  # the data source the record names, if any
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Classifier:
         classes = np.full(kept, TokenClass.IGNORED, np.uint8)
         calls = np.full(kept, -1, np.int32)
         weights = np.zeros(kept, np.float32)
-        call = 0
+        tools: list[str] = []
         for turn in turns:
             classes[turn.end : turn.stop] = TokenClass.SPECIAL
             weights[turn.start : turn.stop] = turn.weight
@@ -73,10 +75,22 @@ class Classifier:
             if turn.has_calls:
                 text, starts = self.vocabulary.spell(tokens[part])
                 cut = turn.end > kept
-                tags, call = tag_turn(text, truncated=cut, style=self.style, markers=self.markers, first_call=call)
+                first = len(tools)
+                tags, after = tag_turn(text, truncated=cut, style=self.style, markers=self.markers, first_call=first)
+                tools += called_names(text, tags, first, after)
                 folded = tags_per_token(tags, starts[:-1])
                 classes[part], calls[part] = folded.classes, folded.calls
-        return Encoded(np.asarray(tokens[:kept], np.int32), classes, calls, weights, len(tokens) - kept)
+        return Encoded(np.asarray(tokens[:kept], np.int32), classes, calls, weights, len(tokens) - kept, tools)
+
+
+def called_names(text: bytes, tags: Tags, first: int, after: int) -> list[str]:
+    """The names in calls `first` to `after`; "" where a call has none."""
+    names = [""] * (after - first)
+    if names:
+        at = np.flatnonzero(tags.classes == TokenClass.CALL_NAME)
+        for span in np.split(at, np.flatnonzero(np.diff(at) != 1) + 1) if len(at) else ():
+            names[tags.calls[span[0]] - first] += text[span[0] : span[-1] + 1].decode("utf-8", "replace")
+    return names
 
 
 @dataclass(frozen=True)

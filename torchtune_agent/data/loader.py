@@ -4,13 +4,15 @@ The order belongs to the run, not to the ranks: step k trains the same samples o
 Nothing is dropped and nothing repeated; the last step of an epoch is simply smaller.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from torchtune_agent.data.collate import Batch, Collator
+from torchtune_agent.data.joined import JoinedDataset, SampleInfo
 from torchtune_agent.data.packing import pack
 
 
@@ -49,20 +51,16 @@ class StepPlan:
 
 
 class SampleLoader:
-    """Samples of a map-style dataset, shuffled, packed where asked, and collated.
-
-    `lengths`, the tokens of every sample, saves packing from reading them all.
-    """
+    """Samples of data sets, shuffled, packed where asked, and collated."""
 
     def __init__(
         self,
-        dataset: Sequence[Mapping[str, Any]],
+        dataset: JoinedDataset,
         collator: Collator,
         plan: StepPlan,
         *,
         shuffle: bool,
         seed: int,
-        lengths: np.ndarray | None = None,
     ) -> None:
         self._dataset = dataset
         self._collator = collator
@@ -71,6 +69,7 @@ class SampleLoader:
         self._seed = seed
         self._packs: list[list[int]] | None = None
         if collator.pack_to is not None:
+            lengths = dataset.lengths
             if lengths is None:
                 lengths = np.array([len(dataset[i]["tokens"]) for i in range(len(dataset))])
             self._packs = pack(lengths, collator.pack_to)
@@ -100,4 +99,10 @@ class SampleLoader:
             yield [self._collate(rows) for rows in self._plan.step(step)]
 
     def _collate(self, rows: Sequence[int]) -> Batch:
-        return self._collator([[self._dataset[i] for i in self.row(row)] for row in rows])
+        samples = [self.row(row) for row in rows]
+        batch = self._collator([[self._dataset[i] for i in row] for row in samples])
+        batch.info = partial(self._info, [i for row in samples for i in row])
+        return batch
+
+    def _info(self, samples: list[int]) -> list[SampleInfo]:
+        return [self._dataset.info(i) for i in samples]

@@ -6,8 +6,9 @@ is kept as runs of equal ones.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,60 @@ from torchtune_agent.data.encode import Encoded
 
 _TOKEN = np.dtype("<i4")
 _RUN = np.dtype([("length", "<u4"), ("token_class", "u1"), ("call_index", "<i4"), ("weight", "<f4")])
-# Where a sample's tokens and runs end, and the record it was made of: its number in source `source`.
-_SAMPLE = np.dtype([("tokens", "<i8"), ("runs", "<i8"), ("source", "<i4"), ("number", "<i8")])
-_DTYPES = {"tokens": _TOKEN, "runs": _RUN, "samples": _SAMPLE}
+_CALL = np.dtype("<i4")  # what each call calls, a number in a table of names
+# Where a sample's tokens, runs and calls end; the record it was made of, by its number in source `source`; and what
+# that says it is from, a number in the table of names.
+_SAMPLE = np.dtype(
+    [("tokens", "<i8"), ("runs", "<i8"), ("calls", "<i8"), ("source", "<i4"), ("number", "<i8"), ("origin", "<i4")]
+)
+_DTYPES = {"tokens": _TOKEN, "runs": _RUN, "calls": _CALL, "samples": _SAMPLE}
+_FLAT = ("tokens", "runs", "calls")
 _SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some samples, flat; `samples` counts from the beginning of the part."""
+    """Some samples, flat. `samples` counts from the beginning of the part; `names` is its table of names."""
 
     tokens: np.ndarray
     runs: np.ndarray
+    calls: np.ndarray
     samples: np.ndarray
+    names: list[str]
 
     @classmethod
-    def of(cls, encoded: Sequence[Encoded], numbers: Sequence[int], source: int = 0) -> "Part":
-        """`numbers` says which record of `source` each sample was made of."""
+    def of(cls, encoded: Sequence[Encoded], numbers: Sequence[int]) -> "Part":
+        """`numbers` says which record of the source each sample was made of."""
+        names: dict[str, int] = {}
         runs = [_runs(sample) for sample in encoded]
+        calls = [names.setdefault(name, len(names)) for sample in encoded for name in sample.tools]
         samples = np.zeros(len(encoded), _SAMPLE)
         samples["tokens"] = np.cumsum([len(sample.tokens) for sample in encoded])
         samples["runs"] = np.cumsum([len(run) for run in runs])
-        samples["source"], samples["number"] = source, numbers
-        tokens = [np.zeros(0, _TOKEN), *(sample.tokens for sample in encoded)]
-        return cls(np.concatenate(tokens).astype(_TOKEN), np.concatenate([np.zeros(0, _RUN), *runs]), samples)
+        samples["calls"] = np.cumsum([len(sample.tools) for sample in encoded])
+        samples["number"] = numbers
+        samples["origin"] = [names.setdefault(sample.origin, len(names)) for sample in encoded]
+        tokens = np.concatenate([np.zeros(0, _TOKEN), *(sample.tokens for sample in encoded)]).astype(_TOKEN)
+        return cls(tokens, np.concatenate([np.zeros(0, _RUN), *runs]), np.array(calls, _CALL), samples, list(names))
 
-    def moved(self, tokens: int, runs: int) -> "Part":
-        """The same behind that many tokens and runs."""
+    def renamed(self, source: int, table: dict[str, int]) -> "Part":
+        """The same as a part of source `source`, with its names numbered (and entered) in `table`."""
+        numbers = np.array([table.setdefault(name, len(table)) for name in self.names], _CALL)
         samples = self.samples.copy()
-        samples["tokens"] += tokens
-        samples["runs"] += runs
-        return Part(self.tokens, self.runs, samples)
+        samples["source"] = source
+        samples["origin"] = numbers[samples["origin"]]
+        return Part(self.tokens, self.runs, numbers[self.calls], samples, [])
+
+
+def _behind(parts: Iterable[Part]) -> Iterator[Part]:
+    """The parts as pieces of one store: each counts from the end of the one before."""
+    sizes = dict.fromkeys(_FLAT, 0)
+    for part in parts:
+        samples = part.samples.copy()
+        for name in _FLAT:
+            samples[name] += sizes[name]
+            sizes[name] += len(getattr(part, name))
+        yield replace(part, samples=samples)
 
 
 def _runs(sample: Encoded) -> np.ndarray:
@@ -71,46 +95,35 @@ class TokenStore:
         self,
         tokens: np.ndarray,
         runs: np.ndarray,
+        calls: np.ndarray,
         samples: np.ndarray,
         summary: dict[str, Any],
         folder: Path | None = None,
     ) -> None:
-        self._tokens, self._runs, self._samples = tokens, runs, samples
+        self._tokens, self._runs, self._calls, self._samples = tokens, runs, calls, samples
         self.summary = summary
         self.folder = folder
 
     @classmethod
     def in_memory(cls, parts: Iterable[Part], summary: dict[str, Any]) -> "TokenStore":
         """`summary` may still be filled while `parts` are made."""
-        gathered = [Part.of([], [])]
-        num_tokens = num_runs = 0
-        for part in parts:
-            gathered.append(part.moved(num_tokens, num_runs))
-            num_tokens += len(part.tokens)
-            num_runs += len(part.runs)
-        tokens, runs, samples = (np.concatenate([getattr(part, name) for part in gathered]) for name in _DTYPES)
-        return cls(tokens, runs, samples, summary)
+        gathered = list(_behind([Part.of([], []), *parts]))
+        tokens, runs, calls, samples = (np.concatenate([getattr(part, name) for part in gathered]) for name in _DTYPES)
+        return cls(tokens, runs, calls, samples, summary)
 
     @classmethod
     def write(cls, folder: Path, parts: Iterable[Part], summary: dict[str, Any]) -> None:
-        """Write a store into the new `folder`, part by part."""
+        """Write a store into the new `folder`, part by part; `summary` as for `in_memory`."""
         folder.mkdir(parents=True)
-        files = {name: (folder / f"{name}.bin").open("wb") for name in _DTYPES}
-        try:
-            num_tokens = num_runs = 0
-            for part in parts:
-                part = part.moved(num_tokens, num_runs)
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _DTYPES}
+            for part in _behind(parts):
                 for name, file in files.items():
                     file.write(getattr(part, name).tobytes())
-                num_tokens += len(part.tokens)
-                num_runs += len(part.runs)
             sizes = {name: file.tell() for name, file in files.items()}
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
-        finally:
-            for file in files.values():
-                file.close()
         with (folder / _SUMMARY).open("w", encoding="utf-8") as file:
             json.dump({"sizes": sizes, "summary": summary}, file, ensure_ascii=False)
             file.flush()
@@ -125,29 +138,43 @@ class TokenStore:
                 return None
         except (OSError, ValueError, KeyError):
             return None
-        tokens, runs, samples = (_map(folder / f"{name}.bin", dtype) for name, dtype in _DTYPES.items())
-        return cls(tokens, runs, samples, written["summary"], folder)
+        tokens, runs, calls, samples = (_map(folder / f"{name}.bin", dtype) for name, dtype in _DTYPES.items())
+        return cls(tokens, runs, calls, samples, written["summary"], folder)
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Encoded:
+        """The sample, without its number of cut tokens and names."""
+        tokens, runs, _ = self._slices(index)
+        labels = self._runs[runs]
+        lengths = labels["length"]
+        return Encoded(
+            np.array(self._tokens[tokens]),
+            np.repeat(labels["token_class"], lengths),
+            np.repeat(labels["call_index"], lengths),
+            np.repeat(labels["weight"], lengths),
+        )
+
+    def _slices(self, index: int) -> tuple[slice, slice, slice]:
         index = range(len(self))[index]
         first = self._samples[index - 1] if index else np.zeros((), _SAMPLE)
         after = self._samples[index]
-        runs = self._runs[first["runs"] : after["runs"]]
-        lengths = runs["length"]
-        return Encoded(
-            np.array(self._tokens[first["tokens"] : after["tokens"]]),
-            np.repeat(runs["token_class"], lengths),
-            np.repeat(runs["call_index"], lengths),
-            np.repeat(runs["weight"], lengths),
-        )
+        tokens, runs, calls = (slice(int(first[name]), int(after[name])) for name in _FLAT)
+        return tokens, runs, calls
 
     def record_of(self, index: int) -> tuple[int, int]:
         """The source and number of the record that a sample was made of."""
         sample = self._samples[index]
         return int(sample["source"]), int(sample["number"])
+
+    def origin(self, index: int) -> int:
+        """What the record says it is from, a number in the table of names."""
+        return int(self._samples[index]["origin"])
+
+    def calls(self, index: int) -> list[int]:
+        """What each call of a sample calls, as numbers in the table of names."""
+        return self._calls[self._slices(index)[2]].tolist()
 
     @property
     def lengths(self) -> np.ndarray:

@@ -61,21 +61,27 @@ def tokenize_source(
     source: Source, transform: Transform, summary: dict[str, Any], *, quiet: bool = False
 ) -> Iterator[Part]:
     """The samples of all records in order, with a progress bar unless `quiet`. `summary` is filled when the last was
-    taken: `report`, `sources` (what the numbers in the parts stand for) and `largest_token`."""
+    taken: `report`, `sources` and `names` (what the numbers in the parts stand for), and `largest_token`."""
     report = DataReport()
     sources: dict[tuple[str, bool], int] = {}
+    names: dict[str, int] = {}
     largest = 0
     size = source.num_bytes
     bar = tqdm(total=size, desc="Tokenizing", unit="B", unit_scale=True, leave=False, delay=1, disable=quiet)
     with bar:
         for block, part, found in _tokenized(source.blocks(), transform):
             report.add(found)
-            part.samples["source"] = sources.setdefault((block.source, isinstance(block, Lines)), len(sources))
+            number = sources.setdefault((block.source, isinstance(block, Lines)), len(sources))
             largest = max(largest, int(part.tokens.max(initial=0)))
             bar.update(block.size)
             bar.set_postfix_str(f"{report.num_read:,} records", refresh=False)
-            yield part
-    summary |= {"report": report.to_json(), "sources": list(sources), "largest_token": largest}
+            yield part.renamed(number, names)
+    summary |= {
+        "report": report.to_json(),
+        "sources": list(sources),
+        "names": list(names),
+        "largest_token": largest,
+    }
 
 
 def _tokenized(blocks: Iterator[Block], transform: Transform) -> Iterator[tuple[Block, Part, DataReport]]:

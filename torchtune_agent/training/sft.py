@@ -4,15 +4,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, ListConfig
 from torch import nn
-from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from torchtune_agent.config import component, instantiate
 from torchtune_agent.data import AgentSFTDataset, Collator, DataReport, SampleLoader, StepPlan
+from torchtune_agent.data.joined import JoinedDataset
 from torchtune_agent.data.quarantine import write_quarantine
 from torchtune_agent.errors import UserError
 from torchtune_agent.losses import CrossEntropy, Objective
@@ -100,17 +99,9 @@ def _loader(run: Run, key: str, datasets: list[Any], tokenizer: Any, plan: StepP
         pack_to=tokenizer.max_seq_len if packed == {True} else None,
         special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
     )
-    dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
-    lengths = [one.lengths for one in datasets if isinstance(one, AgentSFTDataset)]
+    dataset = JoinedDataset(dict(zip(_sections(run.cfg, key), datasets, strict=True)))
     assert run.settings.seed is not None
-    return SampleLoader(
-        dataset,  # pyright: ignore[reportArgumentType]
-        collator,
-        plan,
-        shuffle=shuffle,
-        seed=run.settings.seed,
-        lengths=np.concatenate(lengths) if len(lengths) == len(datasets) else None,
-    )
+    return SampleLoader(dataset, collator, plan, shuffle=shuffle, seed=run.settings.seed)
 
 
 def _make(section: DictConfig, key: str, tokenizer: Any, settings: Settings) -> Any:

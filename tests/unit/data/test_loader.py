@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from torchtune_agent.data import Collator, SampleLoader, StepPlan
+from torchtune_agent.data.joined import JoinedDataset
 
 NUM = 53
 
@@ -16,7 +17,7 @@ def dataset(number: int = NUM) -> list[dict]:
 
 def loader(rank=0, size=1, batch=1, accumulation=1, shuffle=True, seed=0, pack_to=None, data=None) -> SampleLoader:
     plan = StepPlan(batch, accumulation, rank, size)
-    data = dataset() if data is None else data
+    data = JoinedDataset({"data": dataset() if data is None else data})
     return SampleLoader(data, Collator(pad_id=1000, pack_to=pack_to), plan, shuffle=shuffle, seed=seed)
 
 

@@ -18,7 +18,12 @@ def sample(rng: np.random.Generator, size: int) -> Encoded:
         column(range(8), np.uint8),
         column([-1, 0, 1, 70_000], np.int32),
         column([0.0, 1.0, 0.1, 2.5], np.float32),
+        tools=rng.choice(["add", "é", "", "long_name"], rng.integers(0, 4)).tolist(),
+        origin=rng.choice(["", "web"]).item(),
     )
+
+
+NAMES: dict[str, int] = {}
 
 
 @pytest.fixture
@@ -30,9 +35,9 @@ def samples() -> list[Encoded]:
 def parts_of(samples: list[Encoded]) -> list[Part]:
     numbers = list(range(100, 100 + len(samples)))
     return [
-        Part.of(samples[:5], numbers[:5], source=0),
-        Part.of([], []),
-        Part.of(samples[5:], numbers[5:], source=3),
+        Part.of(samples[:5], numbers[:5]).renamed(0, NAMES),
+        Part.of([], []).renamed(0, NAMES),
+        Part.of(samples[5:], numbers[5:]).renamed(3, NAMES),
     ]
 
 
@@ -50,6 +55,9 @@ def test_samples_come_back_as_they_were(tmp_path, samples, on_disk):
         for name in ("tokens", "token_class", "call_index", "weights"):
             got, put = getattr(store[i], name), getattr(samples[i], name)
             assert got.dtype == put.dtype and np.array_equal(got, put), name
+        names = list(NAMES)
+        assert [names[call] for call in store.calls(i)] == samples[i].tools
+        assert names[store.origin(i)] == samples[i].origin
         assert store.record_of(i) == (0 if i < 5 else 3, 100 + i)
     assert np.array_equal(store[-1].tokens, samples[-1].tokens)
     with pytest.raises(IndexError):
