@@ -46,8 +46,8 @@ def test_samples_keep_their_order_and_their_names(ours, tmp_path):
 
 
 def test_lengths_are_known_where_all_know_them(ours):
-    assert JoinedDataset({"a": ours, "b": ours}).lengths is not None
-    assert np.array_equal(JoinedDataset({"a": ours, "b": ours}).lengths, [*ours.lengths, *ours.lengths])
+    lengths = JoinedDataset({"a": ours, "b": ours}).lengths
+    assert lengths is not None and np.array_equal(lengths, [*ours.lengths, *ours.lengths])
 
 
 @pytest.mark.parametrize("pack_to", [None, 400])
