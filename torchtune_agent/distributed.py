@@ -49,6 +49,12 @@ class World:
             dist.all_reduce(tensor, group=self.mesh["dp"].get_group())
         return tensor
 
+    def gather(self, item: T) -> list[T]:
+        """Every data-parallel rank's item. Pickled on its way: for small things, now and then."""
+        items: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(items, item, group=self.mesh["dp"].get_group())
+        return items
+
     def barrier(self) -> None:
         dist.barrier()
 
