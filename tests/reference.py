@@ -49,6 +49,23 @@ def _nats(outcomes: list[float]) -> float:
     return math.fsum(-x * math.log(x) for x in outcomes if x > 0)
 
 
+def logit_statistics(logits: torch.Tensor, labels: torch.Tensor, entropy_k: int = 10) -> dict[str, torch.Tensor]:
+    """`token_statistics` of every row at once, from the whole softmax, for vocabularies that are too large for it."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    largest = p.topk(10).values
+    mass = largest.cumsum(-1).clamp(max=1.0)
+    rest = 1 - mass[:, entropy_k - 1]
+    return {
+        "nll": -log_p.gather(1, labels[:, None])[:, 0],
+        "entropy": (torch.special.entr(largest[:, 0]) + torch.special.entr(1 - largest[:, 0])) / math.log(2),
+        "topk_entropy": torch.special.entr(largest[:, :entropy_k]).sum(-1) + torch.special.entr(rest),
+        "exact_entropy": torch.special.entr(p).sum(-1),
+        **{f"top{k}_prob": mass[:, k - 1] for k in (1, 2, 5, 10)},
+        "correct": (logits.argmax(-1) == labels).to(p.dtype),
+    }
+
+
 def class_means(
     tokens: Sequence[tuple[Sequence[float], int, TokenClass]], entropy_k: int = 10
 ) -> dict[str, dict[str, float]]:

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from torchtune_agent.errors import UserError
 
 T = TypeVar("T")
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,48 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     for group in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
+
+
+@dataclass(frozen=True)
+class VocabularyShare:
+    """The rows of an output's weight that this rank has, where tensor parallelism splits the vocabulary."""
+
+    mesh: DeviceMesh
+    first_id: int
+    width: int  # of the largest share
+
+    @classmethod
+    def of(cls, weight: DTensor) -> "VocabularyShare | None":
+        """None where every rank has the whole weight."""
+        (placement,) = weight.placements
+        if placement.is_replicate():
+            return None
+        assert placement.is_shard(0), f"an output weight placed as {placement}"
+        width = -(-weight.shape[0] // weight.device_mesh.size())
+        return cls(weight.device_mesh, weight.device_mesh.get_local_rank() * width, width)
+
+    def gather(self, rows: Fields) -> Fields:
+        """The fields (some of them None) of every rank's tuple of tensors, stacked in a new first dimension.
+
+        They travel together, as float64, which holds token ids and everything that is computed in less.
+        """
+        own = [field for field in rows if field is not None]
+        columns = torch.cat([field.reshape(len(field), -1).double() for field in own], 1)
+        gathered = columns.new_empty(self.mesh.size(), *columns.shape)
+        dist.all_gather_into_tensor(gathered, columns, group=self.mesh.get_group())
+        parts = iter(gathered.split([field.shape[1:].numel() for field in own], 2))
+        return type(rows)(*(None if f is None else next(parts).reshape(-1, *f.shape).to(f.dtype) for f in rows))
+
+
+def replicate(tensor: torch.Tensor, mesh: DeviceMesh, *, partial_gradient: bool) -> torch.Tensor:
+    """`tensor`, whole on every rank of `mesh`, for work of which every rank does a share.
+
+    With `partial_gradient` the gradients that come back are each rank's share of it, and are added up.
+    """
+    if not isinstance(tensor, DTensor):
+        tensor = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+    whole = tensor.redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Partial() if partial_gradient else Replicate()])
 
 
 def make_mesh(device_type: str, dp: int, tp: int) -> DeviceMesh:

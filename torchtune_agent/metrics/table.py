@@ -9,6 +9,7 @@ import math
 import torch
 
 from torchtune_agent.data.token_class import TokenClass
+from torchtune_agent.metrics import softmax
 
 TOP_K = (1, 2, 5, 10)
 COLUMNS = (
@@ -21,7 +22,6 @@ COLUMNS = (
     "correct",
 )
 NUM_CLASSES = len(TokenClass)
-_CHUNK_ROWS = 1024  # logits rows upcast at a time
 
 
 def empty_table(device: torch.device | str = "cpu") -> torch.Tensor:
@@ -31,6 +31,16 @@ def empty_table(device: torch.device | str = "cpu") -> torch.Tensor:
 def token_statistics(logits: torch.Tensor, labels: torch.Tensor, entropy_k: int = 10) -> torch.Tensor:
     """One row of COLUMNS for every token.
 
+    Args:
+        logits: [tokens, vocabulary]
+        labels: int64 [tokens]
+    """
+    return statistics_of(softmax.read(logits, labels, measure=True), labels, entropy_k)
+
+
+def statistics_of(sums: softmax.RowSums, labels: torch.Tensor, entropy_k: int = 10) -> torch.Tensor:
+    """One row of COLUMNS for every token, from a measuring read of its logits.
+
     With p the softmax of a row, sorted so that p1 >= p2 >= ...:
       nll            -log p[label]
       entropy        binary Shannon entropy of the top token, in bits: -p1 log2 p1 - (1 - p1) log2 (1 - p1)
@@ -38,25 +48,21 @@ def token_statistics(logits: torch.Tensor, labels: torch.Tensor, entropy_k: int 
       exact_entropy  -sum p log p over the whole vocabulary, in nats
       topK_prob      p1 + ... + pK
       correct        1 where the label has the largest logit (the lowest id wins a tie)
-
-    Args:
-        logits: [tokens, vocabulary]
-        labels: int64 [tokens]
     """
-    log_p = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
-    p = log_p.exp()
-    largest = p.topk(min(max(*TOP_K, entropy_k), p.shape[-1]), dim=-1).values  # [tokens, k]
+    assert sums.spread is not None and sums.largest is not None and sums.best is not None
+    log_total = sums.total.log()
+    nll = -sums.log_p
+    largest = (sums.largest - sums.peak[:, None] - log_total[:, None]).exp()  # [tokens, 10]
     mass = largest.cumsum(-1).clamp(max=1.0)
     top1 = largest[:, :1]
-    nll = -log_p.gather(1, labels[:, None])[:, 0]
-    correct = (logits.argmax(-1) == labels).to(p.dtype)
+    correct = (sums.best == labels).to(nll.dtype)
     columns = [
         torch.ones_like(nll),
         nll,
         _entropy(torch.cat([top1, 1 - top1], -1)) / math.log(2),
-        _entropy(torch.cat([largest[:, :entropy_k], 1 - mass[:, :entropy_k][:, -1:]], -1)),
-        torch.special.entr(p).sum(-1),
-        *(mass[:, min(k, mass.shape[1]) - 1] for k in TOP_K),
+        _entropy(torch.cat([largest[:, :entropy_k], 1 - mass[:, entropy_k - 1 : entropy_k]], -1)),
+        log_total - sums.spread / sums.total,
+        *(mass[:, k - 1] for k in TOP_K),
         torch.where(nll.isnan(), nll, correct),  # the argmax of NaN is no prediction
     ]
     return torch.stack(columns, -1)
@@ -72,7 +78,9 @@ def add_tokens(
     table: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, token_class: torch.Tensor, entropy_k: int = 10
 ) -> None:
     """Add every token's statistics to its class's row of `table`."""
-    for start in range(0, len(labels), _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
-        statistics = token_statistics(logits[rows], labels[rows], entropy_k)
-        table.index_add_(0, token_class[rows].long(), statistics.double())
+    add_rows(table, token_statistics(logits, labels, entropy_k), token_class)
+
+
+def add_rows(table: torch.Tensor, statistics: torch.Tensor, token_class: torch.Tensor) -> None:
+    """Add `statistics` [tokens, COLUMNS] to the rows of `table` that `token_class` [tokens] names."""
+    table.index_add_(0, token_class.long(), statistics.double())

@@ -20,7 +20,6 @@ def prepare(
     """Parallelize `model` (on the meta device) in place and load `weights` into it."""
     if settings.fsdp_cpu_offload:
         training.set_torch_num_threads()  # the optimizer then runs on the CPU
-    model.set_num_output_chunks(1)  # logits stay in the model's dtype; the objective upcasts the rows it needs
     if settings.compile:
         training.compile_model(model, verbose=world.is_main)  # pyright: ignore
     if settings.tensor_parallel_dim > 1:

@@ -15,6 +15,7 @@ from torchtune_agent.data.joined import JoinedDataset
 from torchtune_agent.data.quarantine import write_quarantine
 from torchtune_agent.errors import UserError
 from torchtune_agent.losses import CrossEntropy, Objective
+from torchtune_agent.losses.output import check_output
 from torchtune_agent.training.run import Run
 from torchtune_agent.training.settings import Settings
 
@@ -137,6 +138,7 @@ def check_model(run: Run, tokenizer: Any, model: nn.Module) -> None:
     """Refuse a model that is not a text decoder, and settings it cannot fulfil."""
     if not isinstance(model, TransformerDecoder):
         raise UserError(f"model: {type(model).__name__} is not a text decoder; models with images are not supported.")
+    check_output(model)
     limit = model.max_seq_len
     if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > limit:
         raise UserError(
@@ -155,16 +157,17 @@ def check_model(run: Run, tokenizer: Any, model: nn.Module) -> None:
 def sft_objective(run: Run) -> Objective:
     """The configured loss. torchtune's cross entropies mean the same number, so they get our objective too."""
     section = run.cfg.get("loss")
+    options: dict[str, Any] = {"entropy_k": run.settings.entropy_k, "compile": run.settings.compile}
     if section is None:
-        return CrossEntropy(entropy_k=run.settings.entropy_k)
+        return CrossEntropy(**options)
     made = component(section["_component_"], "loss")
     if made in _SAME_LOSS:
         run.say(
             f"loss        {made.__name__}: computed by torchtune_agent.losses.CrossEntropy, which measures every class"
         )
-        return CrossEntropy(entropy_k=run.settings.entropy_k)
+        return CrossEntropy(**options)
     if made is CrossEntropy:
-        return instantiate(section, "loss", entropy_k=run.settings.entropy_k)
+        return instantiate(section, "loss", **options)
     raise UserError(
         f"loss: {section['_component_']} cannot report token classes. Leave 'loss' out, or use "
         "torchtune_agent.losses.CrossEntropy."
