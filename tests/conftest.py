@@ -1,6 +1,8 @@
-"""Tests keep their tokens in a folder of their own, not in the user's."""
+"""Fixtures that tests anywhere may ask for by name, and a folder for the tokens they make, instead of the user's."""
 
 import pytest
+
+from tests.browser import browser as browser
 
 
 @pytest.fixture(scope="session", autouse=True)

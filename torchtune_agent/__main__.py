@@ -1,15 +1,22 @@
-"""`python -m torchtune_agent ...` is `tune ...`, for those who turned torch's autoload off.
+"""`python -m torchtune_agent report OUTPUT_DIR` makes a run's report; everything else is `tune ...`.
 
-With TORCH_DEVICE_BACKEND_AUTOLOAD=0 torch never tells `tune` of us. Here we tell it ourselves:
+The latter is for those who turned torch's autoload off. With TORCH_DEVICE_BACKEND_AUTOLOAD=0 torch never tells `tune`
+of us. Here we tell it ourselves:
 
     python -m torchtune_agent run --nproc_per_node 2 agent_sft_distributed --config tiny/agent_sft
 """
+
+import sys
 
 from torchtune_agent._tune import autoload
 
 
 def main() -> None:
-    """Registers our recipes and hands over to torchtune, which reads `sys.argv` and calls itself `tune`."""
+    """Makes the report, or registers our recipes and hands over to torchtune, which reads `sys.argv`."""
+    if sys.argv[1:2] == ["report"]:
+        from torchtune_agent.metrics.report import main as report
+
+        sys.exit(report(sys.argv[2:]))
     autoload()
     from torchtune._cli.tune import main as tune  # imports torch, which takes seconds
 

@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from tests import tune
+from tests import tune, wandb_file
+from tests.browser import Browser
 from torchtune_agent._tune import config_path
 from torchtune_agent.metrics import read_rows
 from torchtune_agent.toolworld import ToolWorld
@@ -69,6 +68,17 @@ def test_tensorboard_holds_every_row(two_ranks: tuple[Path, str, str]) -> None:
         read = [(event.step, float(make_ndarray(event.tensor_proto))) for event in reader.Tensors(name)]
         assert [step for step, _ in read] == [step for step, _ in points]
         assert [value for _, value in read] == pytest.approx([value for _, value in points], rel=1e-6)
+    assert len(reader.Tensors("custom_scalars__config__")) == 1  # the classes in one chart
+
+
+@pytest.mark.distributed
+def test_the_report_shows_every_class(two_ranks: tuple[Path, str, str], browser: Browser) -> None:
+    with browser.open(two_ranks[0] / "logs" / "report.html") as page:
+        lines = "[...document.querySelectorAll('figure[data-metric=\"nll\"] path.line')]"
+        drawn = page.js(f"{lines}.map(line => line.dataset.class + ' ' + line.dataset.split)")
+        classes = ["overall", "reasoning", "tool_call", "call_syntax", "call_name", "arg_name", "arg_value"]
+        assert drawn == [f"{name} {split}" for split in ("train", "val") for name in classes]
+        assert page.errors == [] and page.requests == []
 
 
 @pytest.mark.distributed
@@ -76,10 +86,13 @@ def test_the_screen_ends_with_a_table_of_classes_and_where_things_are(two_ranks:
     output, stdout, stderr = two_ranks
     for row in ("overall", "reasoning", "tool call", "call syntax", "call name", "arg name", "arg value"):
         assert re.search(rf"^ *{row} +[\d,]+ +\d+\.\d+ → \d+\.\d+", stdout, re.M), stdout
-    for path in ("logs/metrics.jsonl", "logs/config.yaml", "logs/metrics.png", "checkpoints"):
+    for path in ("logs/metrics.jsonl", "logs/config.yaml", "logs/report.html", "logs/metrics.png", "checkpoints"):
         assert str(output / path) in stdout
         assert (output / path).exists()
-    assert "loss=" in stderr and "tool_call ppl=" in stderr  # the bar
+    bar = (
+        r"100%\|█+\| 3/3 \[\d+:\d+<00:00, loss [\d.]+, reasoning ppl [\d.]+, tool calls ppl [\d.]+, tokens/s [\d.]+k?\]"
+    )
+    assert re.search(bar, stderr)
     assert stderr.count("conversations (") == 2  # training and validation data, said by one rank only
 
 
@@ -101,31 +114,6 @@ def test_a_checkpoint_is_written(two_ranks: tuple[Path, str, str]) -> None:
     assert weights["layers.0.attn.q_proj.weight"].abs().sum() > 0
 
 
-def wandb_history(run_file: Path) -> Iterator[dict[str, Any]]:
-    """The history rows in a file WandB wrote offline: LevelDB log blocks of 32 KiB that hold its own protobuf."""
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
-
-    content = run_file.read_bytes()
-    assert content[:4] == b":W&B"
-    position, record = 7, b""
-    while position + 7 <= len(content):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        size, kind = struct.unpack("<HB", content[position + 4 : position + 7])
-        if kind == 0:
-            break
-        record += content[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # whole, or last part
-            message = Record.FromString(record)
-            record = b""
-            if message.HasField("history"):
-                items = message.history.item
-                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
 def test_wandb_offline_holds_every_row_and_no_secret(tmp_path: Path) -> None:
     secret = "0123456789abcdef0123456789abcdef01234567"
     result = tune.train(
@@ -142,7 +130,7 @@ def test_wandb_offline_holds_every_row_and_no_secret(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (run_file,) = tmp_path.glob("wandb_logs/wandb/offline-run-*/run-*.wandb")
     expected = read_rows(tmp_path / "out" / "logs" / "metrics.jsonl")
-    history = list(wandb_history(run_file))
+    history = list(wandb_file.history(run_file))
     assert len(history) == len(expected)
     for row, read in zip(expected, history, strict=True):
         assert read["global_step"] == row["step"]

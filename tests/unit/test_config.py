@@ -85,6 +85,17 @@ def test_rows_of_an_earlier_run_are_kept_and_not_mixed(tmp_path: Path) -> None:
     assert [row["loss"] for row in read_rows(tmp_path / "metrics.earlier-1.jsonl")] == [1.0]
 
 
+@pytest.mark.parametrize(
+    "left", ["", '{"step": 1, "loss": 1.0}\n', '{"step": 1, "loss": 1.0}\n{"step": 2, "lo', '{"st']
+)
+def test_a_run_that_goes_on_drops_the_row_that_was_cut_off(left: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(left)
+    log = RunLog(tmp_path, DictConfig({}), continues=True)
+    log.log({"loss": 2.0}, 2)
+    log.close()
+    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1.0] * left.count("\n") + [2.0]
+
+
 def test_a_row_says_nan_and_infinity_in_valid_json(tmp_path: Path) -> None:
     log = RunLog(tmp_path, DictConfig({}))
     log.log({"loss": float("nan"), "grad_norm": float("inf")}, 1)

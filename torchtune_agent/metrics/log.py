@@ -5,9 +5,10 @@ Only rank 0 has a RunLog. The user's logger is a guest: when it raises it is rep
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torchtune.training.metric_logging import MetricLoggerInterface
 
 from torchtune_agent.config import redacted, resolved
 from torchtune_agent.errors import UserError
+from torchtune_agent.metrics import boards
 
 T = TypeVar("T")
 
@@ -40,6 +42,8 @@ class RunLog:
         if self.path.exists() and not continues:
             earlier = len(list(folder.glob("metrics.earlier-*.jsonl")))
             self.path.rename(folder / f"metrics.earlier-{earlier + 1}.jsonl")
+        if self.path.exists():
+            _drop_unfinished_line(self.path)
         self.config_path = folder / "config.yaml"
         self._file = self.path.open("a", encoding="utf-8")
         safe = OmegaConf.create(redacted(resolved(cfg)))
@@ -47,13 +51,19 @@ class RunLog:
         self._logger: MetricLoggerInterface | None = None
         if make_logger is not None:
             self._logger = self._guarded("metric_logger", make_logger)
+            self._tell_board(boards.prepare, cfg.get("metric_names", "flat"))
             self._call_logger("log_config", safe)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(
+        self, metrics: Mapping[str, float], step: int, histograms: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        """Write a row. `histograms`, counts per bucket of metrics.histogram, are for the logger only."""
         row = {"step": step, "time": round(time.time(), 3)} | {k: _json_number(v) for k, v in metrics.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._call_logger("log_dict", metrics, step=step)
+        if histograms:
+            self._tell_board(boards.add_histograms, histograms, step)
 
     def close(self) -> None:
         self._file.close()
@@ -63,6 +73,10 @@ class RunLog:
         if self._logger is not None:
             name = f"{type(self._logger).__name__}.{method}"
             self._guarded(name, partial(getattr(self._logger, method), *args, **kwargs))
+
+    def _tell_board(self, tell: Callable[..., None], *args: Any) -> None:
+        if self._logger is not None:
+            self._guarded(f"{type(self._logger).__name__}: {tell.__name__}", partial(tell, self._logger, *args))
 
     def _guarded(self, name: str, call: Callable[[], T]) -> T | None:
         """Run a piece of the user's logger. A mistake in its config is the user's to mend; anything else is reported
@@ -79,6 +93,18 @@ class RunLog:
             )
             self._logger = None
             return None
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """A run that was killed may have left half a row, which the next one would spoil."""
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        file.truncate(end)
 
 
 def _json_number(value: float) -> float | str:

@@ -1,10 +1,9 @@
 """What a run ends with on the screen: one row per token class, its first and last value."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torchtune_agent.data.token_class import GROUPS
-from torchtune_agent.metrics.tracker import NameStyle, metric_name
+from torchtune_agent.metrics.history import Curve, History
 
 _COLUMNS = (
     ("nll", "loss", ".3f"),
@@ -19,22 +18,21 @@ _COLUMNS = (
 _PARTS = ("think", "call_syntax", "call_name", "arg_name", "arg_value")
 
 
-def class_table(rows: Sequence[Mapping[str, Any]], split: str, style: NameStyle = "flat") -> str:
-    """A text table of `split`'s metrics: for every class its first value in `rows`, an arrow, and its last."""
+def class_table(history: History, split: str) -> str:
+    """A text table of `split`'s metrics: for every class its first value in the run, an arrow, and its last."""
     lines = [["", "tokens", *(title for _, title, _ in _COLUMNS)]]
     for group in GROUPS:
-        history = [row for row in rows if metric_name(split, group, "nll", style) in row]
-        if not history:
+        count = history.get(split, group, "num_tokens")
+        if count is None:
             continue
-        first, last = history[0], history[-1]
-        cells = [_change(first, last, metric_name(split, group, key, style), spec) for key, _, spec in _COLUMNS]
-        count = f"{last[metric_name(split, group, 'num_tokens', style)]:,.0f}"
-        lines.append([("  " if group in _PARTS else "") + group.replace("_", " "), count, *cells])
+        cells = [_change(history.get(split, group, key), spec) for key, _, spec in _COLUMNS]
+        name = ("  " if group in _PARTS else "") + group.replace("_", " ")
+        lines.append([name, f"{count.values[-1]:,.0f}", *cells])
     return aligned(lines)
 
 
-def _change(first: Mapping[str, Any], last: Mapping[str, Any], name: str, spec: str) -> str:
-    return f"{first[name]:{spec}} → {last[name]:{spec}}"
+def _change(curve: Curve | None, spec: str) -> str:
+    return f"{curve.values[0]:{spec}} → {curve.values[-1]:{spec}}" if curve else ""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

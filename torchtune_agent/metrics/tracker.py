@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
 from torchtune_agent.data.token_class import GROUPS
 from torchtune_agent.errors import UserError
+from torchtune_agent.metrics.names import NameStyle, metric_name
 from torchtune_agent.metrics.table import COLUMNS, TOP_K, add_tokens, empty_table
 
 MAX_PERPLEXITY = 1e6
-NameStyle = Literal["flat", "slash"]
 
 
 class DetailedMetricsTracker:
@@ -61,6 +60,15 @@ class DetailedMetricsTracker:
     def reset(self) -> None:
         self.table = empty_table(self.table.device)
 
+    def loss_histograms(self, split: str, counts: torch.Tensor) -> dict[str, list[float]]:
+        """Counts per bucket (see metrics.histogram) of every class that has tokens, by name."""
+        sums = {group: counts[list(classes)].sum(0) for group, classes in self._groups.items()}
+        return {
+            metric_name(split, group, "loss_histogram", self._style): values.tolist()
+            for group, values in sums.items()
+            if values.any()
+        }
+
     def compute(self, split: str, table: torch.Tensor | None = None) -> dict[str, float]:
         """The means of `table` (by default of everything added since the last reset), by name."""
         sums = (self.table if table is None else table).detach().cpu()
@@ -88,9 +96,3 @@ def _perplexity(nll: float) -> float:
     if math.isnan(nll):
         return nll
     return MAX_PERPLEXITY if nll >= math.log(MAX_PERPLEXITY) else math.exp(nll)
-
-
-def metric_name(split: str, group: str, metric: str, style: NameStyle = "flat") -> str:
-    """The name of a metric: `train_entropy`, `val_tool_call_entropy`, or `val/tool_call/entropy`."""
-    parts = [split, metric] if group == "overall" else [split, group, metric]
-    return ("_" if style == "flat" else "/").join(parts)

@@ -4,7 +4,7 @@ Rank 0 shows and writes; on the other ranks the same calls do nothing.
 """
 
 import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,17 @@ from torchtune_agent.config import instantiate
 from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.loader import BatchSource
 from torchtune_agent.distributed import World
+from torchtune_agent.metrics.colours import CLASSES
+from torchtune_agent.metrics.history import History
 from torchtune_agent.metrics.log import RunLog
+from torchtune_agent.metrics.names import metric_name
 from torchtune_agent.metrics.plots import plot_classes
+from torchtune_agent.metrics.report import write_report
 from torchtune_agent.metrics.summary import class_table
-from torchtune_agent.metrics.tracker import metric_name
 from torchtune_agent.training.settings import Settings
+
+# Time left comes before what may not fit on a narrow screen.
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Progress:
@@ -32,7 +38,6 @@ class Progress:
         self.say = say
         self._settings = settings
         self._world = world
-        self._rows: list[dict[str, Any]] = []
         self._bar: tqdm | None = None
         self._live: dict[str, str] = {}
         self._log: RunLog | None = None
@@ -46,21 +51,22 @@ class Progress:
         total = steps_per_epoch * self._settings.epochs
         self._profiler.start()
         if self._world.is_main:
-            self._bar = tqdm(total=total, initial=steps_per_epoch * epochs_done, unit="step", dynamic_ncols=True)
+            initial = steps_per_epoch * epochs_done
+            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, bar_format=_BAR)
 
-    def step(self, row: Mapping[str, Any], step: int) -> None:
-        """One logged step."""
+    def step(self, row: Mapping[str, Any], step: int, histograms: Mapping[str, Sequence[float]] | None = None) -> None:
+        """One logged step, and how its losses are spread (see DetailedMetricsTracker.loss_histograms)."""
         if self._log is None:
             return
-        row = {**row, **self._memory()}
-        self._write(row, step)
+        self._log.log({**row, **self._memory()}, step, histograms)
         self._live["loss"] = f"{row['loss']:.3f}"
         for group in ("reasoning", "tool_call"):
             perplexity = row.get(metric_name("train", group, "perplexity", self._settings.metric_names))
             if perplexity is not None:
-                self._live[f"{group} ppl"] = f"{perplexity:.2f}"
+                self._live[f"{CLASSES[group].title} ppl"] = f"{perplexity:.4g}"
+        self._live["tokens/s"] = tqdm.format_sizeof(row["tokens_per_second_per_gpu"] * self._world.size)
         if self._bar is not None:
-            self._bar.set_postfix(self._live, refresh=False)
+            self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._live.items()), refresh=False)
             self._bar.update(step - self._bar.n)
 
     def validating(self, source: BatchSource, step: int) -> Iterable[list[Batch]]:
@@ -70,10 +76,12 @@ class Progress:
             return batches
         return tqdm(batches, desc=f"Validating at step {step}", total=source.steps_per_epoch, leave=False, delay=1)
 
-    def validated(self, row: Mapping[str, Any], step: int) -> None:
+    def validated(
+        self, row: Mapping[str, Any], step: int, histograms: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
         if self._log is None:
             return
-        self._write(row, step)
+        self._log.log(row, step, histograms)
         style = self._settings.metric_names
         parts = [f"loss {row[metric_name('val', 'overall', 'loss', style)]:.3f}"]
         for group in ("reasoning", "tool_call"):
@@ -97,27 +105,24 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         self._log.close()
+        history = History.read(self._log.path)  # all of it, also what a run that this one continues has logged
         picture = self._log.path.with_name("metrics.png")
-        style = self._settings.metric_names
-        plot_classes(self._rows, picture, style)
+        plot_classes(history, picture)
+        report = write_report(self._log.path.parent, history)
         for split, title in (("val", "Validation"), ("train", "Training")):
-            if any(metric_name(split, "overall", "nll", style) in row for row in self._rows):
-                print(f"\n{title}, first → last\n{class_table(self._rows, split, style)}")
+            if history.get(split, "overall", "nll"):
+                print(f"\n{title}, first → last\n{class_table(history, split)}")
                 break
         print(
             f"\nLogs        {self._log.path}\n"
             f"Config      {self._log.config_path}\n"
+            f"Report      {report}\n"
             f"Plot        {picture}\n"
             f"Checkpoint  {checkpoint_folder}\n"
             f"Next        tensorboard --logdir {self._log.path.parent}  # where that is the metric_logger\n"
             "            tune cp qwen2_5/0.5B_agent_sft my.yaml  # a config to start from with your own data",
             flush=True,
         )
-
-    def _write(self, row: Mapping[str, Any], step: int) -> None:
-        assert self._log is not None
-        self._rows.append({"step": step, **row})
-        self._log.log(row, step)
 
     def _memory(self) -> dict[str, float]:
         if not self._settings.log_peak_memory_stats:
