@@ -7,7 +7,7 @@ class TokenClass(IntEnum):
     """One class per token. A token that covers bytes of several classes takes the highest."""
 
     IGNORED = 0  # not trained: prompts, headers, tool results, padding
-    SPECIAL = 1  # trained, but outside every metric: the end-of-turn token
+    SPECIAL = 1  # trained, but outside reasoning and calls: the end-of-turn token
     REASONING = 2  # assistant text outside of calls
     THINK = 3  # assistant text inside <think> ... </think>
     CALL_SYNTAX = 4  # <function=, >, <parameter=, </parameter>, </function> and the white space between
@@ -29,4 +29,5 @@ GROUPS: dict[str, tuple[TokenClass, ...]] = {
     "call_name": (TokenClass.CALL_NAME,),
     "arg_name": (TokenClass.ARG_NAME,),
     "arg_value": (TokenClass.ARG_VALUE,),
+    "stop": (TokenClass.SPECIAL,),
 }

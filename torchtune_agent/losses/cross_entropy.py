@@ -13,15 +13,14 @@ from torch import nn
 from torchtune_agent.data.collate import Batch
 from torchtune_agent.losses import head
 from torchtune_agent.losses.output import at_output
-from torchtune_agent.metrics.table import add_rows, empty_table
 
 
 @dataclass
 class LossOutput:
     loss_sum: torch.Tensor  # scalar, with gradient
-    # Both detached, and None where statistics were not asked for:
-    table: torch.Tensor | None = None  # sums per token class, see metrics.table
-    tokens: torch.Tensor | None = None  # [supervised tokens, metrics.table.COLUMNS], which the table adds up
+    # What was measured of every token [supervised tokens, metrics.table.COLUMNS], without gradient; None where
+    # statistics were not asked for.
+    tokens: torch.Tensor | None = None
 
 
 class Objective(Protocol):
@@ -64,11 +63,7 @@ class CrossEntropy:
         loss_sum, tokens = at_output(
             model, batch, lambda projection: head.cross_entropy(projection, labels, weights, chunking, entropy_k)
         )
-        if tokens is None:
-            return LossOutput(loss_sum)
-        table = empty_table(labels.device)
-        add_rows(table, tokens, batch.token_class.flatten()[batch.supervised])
-        return LossOutput(loss_sum, table, tokens)
+        return LossOutput(loss_sum, tokens)
 
 
 def token_logprobs(model: nn.Module, batch: Batch, *, chunk_size: int = 2048, compile: bool = False) -> torch.Tensor:

@@ -54,6 +54,17 @@ def add_histograms(logger: MetricLoggerInterface, histograms: Mapping[str, Seque
         )
 
 
+def add_table(logger: MetricLoggerInterface, name: str, lines: Sequence[Sequence[str]], step: int) -> None:
+    """A table of texts, its head first."""
+    if isinstance(logger, TensorBoardLogger) and logger._writer is not None:
+        rows = [f"|{'|'.join(cell.replace('|', '&#124;') for cell in line)}|" for line in lines]
+        rows.insert(1, "|" + "---|" * len(lines[0]))
+        logger._writer.add_text(name, "\n".join(rows), global_step=step)
+    elif isinstance(logger, WandBLogger):
+        table = logger._wandb.Table(columns=list(lines[0]), data=[list(line) for line in lines[1:]])
+        logger._wandb.log({name: table, "global_step": step})
+
+
 def tensorboard_layout(style: NameStyle) -> dict[str, Any]:
     """A category for each split; in it a chart for each metric; in that a line for each class."""
     return {

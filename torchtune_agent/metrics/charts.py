@@ -41,6 +41,10 @@ CLASS_METRICS: dict[str, Kind] = {
     "top10_prob": Kind("Top-10 probability"),
     "topk_entropy": Kind("Top-k entropy", "nats"),
     "entropy": Kind("Binary entropy of the most likely token", "bits"),
+    "exact": Kind("Calls written exactly", "share of calls"),
+    "tool_name_exact": Kind("Tool names written exactly", "share of calls"),
+    "loss_share": Kind("Share of the weighted loss"),
+    "num_calls": Kind("Calls measured", "in a row"),
     "num_tokens": Kind("Tokens measured", "in a row"),
 }
 PICTURE_METRICS = tuple(CLASS_METRICS)[:3]
@@ -53,6 +57,8 @@ _RUN_METRICS: dict[str, Kind] = {
     "grad_norm": Kind("Gradient norm"),
     "lr": Kind("Learning rate"),
     "tokens_per_second_per_gpu": Kind("Throughput", "tokens a second, each process"),
+    "supervised_tokens_per_second_per_gpu": Kind("Throughput of trained tokens", "tokens a second, each process"),
+    "mfu": Kind("Model FLOPs utilization", "share of the devices' peak"),
     "peak_memory_rss": Kind("Peak memory", "GiB, of the main process"),
     "peak_memory_active": Kind("Peak memory, active", "GiB"),
     "peak_memory_alloc": Kind("Peak memory, allocated", "GiB"),

@@ -18,7 +18,7 @@ from torchtune.training.metric_logging import MetricLoggerInterface
 
 from torchtune_agent.config import redacted, resolved
 from torchtune_agent.errors import UserError
-from torchtune_agent.metrics import boards
+from torchtune_agent.metrics import boards, breakdown
 
 T = TypeVar("T")
 
@@ -40,8 +40,10 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         if self.path.exists() and not continues:
-            earlier = len(list(folder.glob("metrics.earlier-*.jsonl")))
-            self.path.rename(folder / f"metrics.earlier-{earlier + 1}.jsonl")
+            earlier = len(list(folder.glob("metrics.earlier-*.jsonl"))) + 1
+            for path in (self.path, *(breakdown.path_of(folder, by) for by in breakdown.KINDS)):
+                if path.exists():
+                    path.rename(folder / f"{path.stem}.earlier-{earlier}.jsonl")
         if self.path.exists():
             _drop_unfinished_line(self.path)
         self.config_path = folder / "config.yaml"
@@ -64,6 +66,11 @@ class RunLog:
         self._call_logger("log_dict", metrics, step=step)
         if histograms:
             self._tell_board(boards.add_histograms, histograms, step)
+
+    def log_table(self, by: str, split: str, rows: Mapping[str, Mapping[str, float]], step: int) -> None:
+        """Write numbers per tool or per data source, see metrics.breakdown."""
+        breakdown.write_rows(self.path.parent, by, split, rows, step)
+        self._tell_board(boards.add_table, f"{split}_by_{by}", breakdown.as_lines(by, rows), step)
 
     def close(self) -> None:
         self._file.close()

@@ -8,12 +8,14 @@ Every run ends with it; the command makes it again, also while the run goes on. 
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from torchtune_agent.errors import UserError
+from torchtune_agent.metrics import breakdown
 from torchtune_agent.metrics.charts import CLASS_METRICS, Chart, class_charts, run_charts
 from torchtune_agent.metrics.colours import CLASSES, css_variables
 from torchtune_agent.metrics.findings import class_states, findings, latest_split
@@ -28,7 +30,8 @@ _SPLITS = {"val": "Validation", "train": "Training"}
 def write_report(logs: Path, history: History) -> Path:
     """Write `report.html` into a run's folder of logs."""
     config = logs / "config.yaml"
-    page = render(history, logs.resolve().parent.name, config.read_text(encoding="utf-8") if config.exists() else "")
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    page = render(history, logs.resolve().parent.name, text, _breakdowns(logs))
     path = logs / "report.html"
     partial = path.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
@@ -36,17 +39,33 @@ def write_report(logs: Path, history: History) -> Path:
     return path
 
 
-def render(history: History, title: str, config: str = "") -> str:
-    """The page as text, less than 2 MB of it however long the run was."""
+def _breakdowns(logs: Path) -> list[dict[str, Any]]:
+    """The newest tables per tool and per data source, where the run has them."""
+    tables = []
+    for by in breakdown.KINDS:
+        if (found := breakdown.latest(logs, by)) is not None:
+            split, step, rows = found
+            head, *lines = breakdown.as_lines(by, rows)
+            table = {
+                "title": breakdown.title(by, split, step),
+                "head": head,
+                "rows": [{"cells": line} for line in lines],
+            }
+            tables.append(table)
+    return tables
+
+
+def render(history: History, title: str, config: str = "", tables: Sequence[dict[str, Any]] = ()) -> str:
+    """The page as text, less than 2 MB of it however long the run was. `tables` stand behind those of the classes."""
     limit = _MOST_POINTS
     while True:
-        page = _page(history, title, config, limit)
+        page = _page(history, title, config, tables, limit)
         if len(page.encode()) <= MAX_BYTES or limit == 1:
             return page
         limit = max(1, limit * 2 // 3)
 
 
-def _page(history: History, title: str, config: str, limit: int) -> str:
+def _page(history: History, title: str, config: str, tables: Sequence[dict[str, Any]], limit: int) -> str:
     drawn = _Drawn(history, limit)
     classes, run = class_charts(history.curves), run_charts(history.curves)
     data = {
@@ -63,7 +82,7 @@ def _page(history: History, title: str, config: str, limit: int) -> str:
         "steps": drawn.steps,
         "thinned": drawn.longest if drawn.longest > limit else 0,
         "points": limit,
-        "tables": _tables(history),
+        "tables": [*_tables(history), *tables],
         "config": config,
     }
     # No text of the run can end the element it stands in or be read as markup.

@@ -7,7 +7,9 @@ import torch
 
 from torchtune_agent.data.token_class import GROUPS
 from torchtune_agent.errors import UserError
+from torchtune_agent.metrics.calls import CALL_SUMS
 from torchtune_agent.metrics.names import NameStyle, metric_name
+from torchtune_agent.metrics.sums import Sums
 from torchtune_agent.metrics.table import COLUMNS, TOP_K, add_tokens, empty_table
 
 MAX_PERPLEXITY = 1e6
@@ -79,6 +81,26 @@ class DetailedMetricsTracker:
                 continue
             for name, value in _means(row).items():
                 metrics[metric_name(split, group, name, self._style)] = value
+        return metrics
+
+    def name(self, split: str, sums: Sums) -> dict[str, float]:
+        """Everything that was measured, by name: what `compute` gives, each class's share of the weighted loss, and
+        the shares of calls and of tool names that would have been written exactly."""
+        metrics = self.compute(split, sums.table)
+        total = float(sums.weighted.sum())
+        for group, classes in self._groups.items():
+            name = metric_name(split, group, "num_tokens", self._style)
+            if name in metrics and group != "overall" and total:
+                share = float(sums.weighted[list(classes)].sum()) / total
+                metrics[metric_name(split, group, "loss_share", self._style)] = share
+        calls = dict(zip(CALL_SUMS, sums.calls.tolist(), strict=True))
+        if calls["calls"]:
+            metrics[metric_name(split, "tool_call", "num_calls", self._style)] = calls["calls"]
+            metrics[metric_name(split, "tool_call", "exact", self._style)] = calls["exact_calls"] / calls["calls"]
+        if calls["names"]:
+            metrics[metric_name(split, "overall", "tool_name_exact", self._style)] = (
+                calls["exact_names"] / calls["names"]
+            )
         return metrics
 
 

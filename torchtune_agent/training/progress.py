@@ -18,13 +18,15 @@ from torchtune_agent.config import instantiate
 from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.loader import BatchSource
 from torchtune_agent.distributed import World
+from torchtune_agent.metrics import breakdown
 from torchtune_agent.metrics.colours import CLASSES
+from torchtune_agent.metrics.detail import Groups, most_frequent
 from torchtune_agent.metrics.history import History
 from torchtune_agent.metrics.log import RunLog
 from torchtune_agent.metrics.names import metric_name
 from torchtune_agent.metrics.plots import plot_classes
 from torchtune_agent.metrics.report import write_report
-from torchtune_agent.metrics.summary import class_table
+from torchtune_agent.metrics.summary import aligned, class_table
 from torchtune_agent.training.settings import Settings
 
 # Time left comes before what may not fit on a narrow screen.
@@ -90,6 +92,15 @@ class Progress:
                 parts.append(f"{group.replace('_', ' ')} perplexity {row[name]:.2f}")
         self.say(f"step {step}: validation {', '.join(parts)}")
 
+    def detailed(self, split: str, groups: Groups, step: int) -> None:
+        """Numbers per tool and per data source."""
+        if self._log is None:
+            return
+        for by in self._settings.log_by:
+            rows = most_frequent(groups, by, self._settings.log_by_top_n)
+            if rows:
+                self._log.log_table(by, split, rows, step)
+
     def profile(self) -> None:
         """One training step is over, for the profiler."""
         self._profiler.step()
@@ -113,6 +124,10 @@ class Progress:
             if history.get(split, "overall", "nll"):
                 print(f"\n{title}, first → last\n{class_table(history, split)}")
                 break
+        for by in self._settings.log_by:
+            if (found := breakdown.latest(self._log.path.parent, by)) is not None:
+                split, step, rows = found
+                print(f"\n{breakdown.title(by, split, step)}\n{aligned(breakdown.as_lines(by, rows))}")
         print(
             f"\nLogs        {self._log.path}\n"
             f"Config      {self._log.config_path}\n"

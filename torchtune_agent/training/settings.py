@@ -71,6 +71,9 @@ class Settings(BaseModel):
     entropy_k: int = 10
     log_detailed_metrics_every_n_steps: int = 10
     metric_names: Literal["flat", "slash"] = "flat"
+    log_by: list[Literal["tool", "source"]] = []
+    log_by_top_n: int = 20
+    log_sample_losses: bool = False
     # Checkpoints
     enable_async_checkpointing: bool = False
     cudnn_deterministic_mode: int | str | None = None
@@ -110,6 +113,7 @@ class Settings(BaseModel):
             "tensor_parallel_dim",
             "log_every_n_steps",
             "log_detailed_metrics_every_n_steps",
+            "log_by_top_n",
             "ac_option",
         )
         for key in at_least_one:

@@ -39,7 +39,9 @@ class Throughput:
         self._peak = peak_flops(world.device, dtype)
         # Six operations per token for every weight that is multiplied; looking up an embedding is none, but tied ones
         # are multiplied at the output. Then attention: two products of queries, keys and values with the text before.
-        looked_up = 0 if model.output is None or not hasattr(model.output, "weight") else model.tok_embeddings.weight.numel()
+        looked_up = (
+            0 if model.output is None or not hasattr(model.output, "weight") else model.tok_embeddings.weight.numel()
+        )
         self._per_token = 6 * (sum(parameter.numel() for parameter in model.parameters()) - looked_up)
         self._per_pair = 12 * len(model.layers) * model.tok_embeddings.embedding_dim / 2  # causal: half of the pairs
         self.restart()

@@ -19,14 +19,17 @@ from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.loader import BatchSource
 from torchtune_agent.distributed import World
 from torchtune_agent.losses import Objective
-from torchtune_agent.metrics.table import empty_table
-from torchtune_agent.metrics.tracker import DetailedMetricsTracker, metric_name
+from torchtune_agent.metrics.detail import Detail, merged
+from torchtune_agent.metrics.names import metric_name
+from torchtune_agent.metrics.sums import Sums
+from torchtune_agent.metrics.tracker import DetailedMetricsTracker
 from torchtune_agent.training.optimizer import Stepper
 from torchtune_agent.training.parallel import prepare
 from torchtune_agent.training.parameters import ParameterSetup
 from torchtune_agent.training.progress import Progress
 from torchtune_agent.training.saving import Saver
 from torchtune_agent.training.settings import Settings
+from torchtune_agent.training.throughput import Throughput
 
 
 @dataclass
@@ -39,14 +42,6 @@ class Parts:
     parameters: ParameterSetup
     model: TransformerDecoder
     has_token_classes: bool = True
-
-
-@dataclass
-class StepResult:
-    """What one step (or one validation) did, summed over ranks and micro-batches."""
-
-    loss: float
-    table: torch.Tensor | None  # on the host
 
 
 class Trainer:
@@ -74,13 +69,15 @@ class Trainer:
             enable_token_classification=settings.enable_token_classification and parts.has_token_classes,
             metric_names=settings.metric_names,
         )
-        self._tokens_since_log = 0
-        self._time_of_log = time.perf_counter()
+        self.throughput = Throughput(self.model, world, settings.torch_dtype)
+        ledger = settings.output_dir / "logs" / "sample_losses" if settings.log_sample_losses else None
+        self.detail = Detail(settings.log_by, ledger, world.rank)
+        self.detail_val = Detail(settings.log_by)
 
     def train(self) -> None:
         """Run the epochs that are left, validating and saving at the end of each."""
         self.progress.start(self.steps_per_epoch, self.epochs_done)
-        self._time_of_log = time.perf_counter()
+        self.throughput.restart()
         for epoch in range(self.epochs_done, self.settings.epochs):
             self.model.train()
             for number, micro_batches in enumerate(self.parts.train.epoch(epoch), start=1):
@@ -90,6 +87,7 @@ class Trainer:
                 every = self.settings.run_val_every_n_steps
                 if last or (every and self.global_step % every == 0):
                     self._validate()
+                    self._log_detail()
                 if last:
                     break
             self.progress.saving(self.global_step)
@@ -97,62 +95,53 @@ class Trainer:
         self.progress.finish(self.saver.folder)
 
     def _train_step(self, micro_batches: list[Batch]) -> None:
-        log_now = (self.global_step + 1) % self.settings.log_every_n_steps == 0
-        measure = self.settings.enable_detailed_metrics and self._is_measured(self.global_step + 1)
-        num_targets, num_tokens = self._count(micro_batches)
+        step = self.global_step + 1
+        measured = self.settings.enable_detailed_metrics and self._is_measured(step)
+        num_targets = self._count(micro_batches)
         scale = self.world.dp_size / (num_targets or 1.0)  # FSDP averages over ranks; this makes it a sum
-        loss_sum, table = self._new_sums()
+        sums = Sums.empty(self.world.device)
         for micro_batch in micro_batches:
             batch = micro_batch.to(self.world.device)
             with self.activations:
-                output = self.parts.objective(self.model, batch, with_statistics=measure)
+                output = self.parts.objective(
+                    self.model, batch, with_statistics=measured or self.settings.log_sample_losses
+                )
             (output.loss_sum * scale).backward()
-            loss_sum += output.loss_sum.detach()
-            if output.table is not None:
-                table += output.table
+            sums.add(output.loss_sum.detach(), output.tokens if measured else None, batch)
+            if self.detail and output.tokens is not None:
+                self.detail.add(output.tokens, batch, step)
         norm = self.stepper.step()
-        self.global_step += 1
-        self._tokens_since_log += num_tokens
-        if log_now or measure:
-            result = self._reduce(loss_sum, table if measure else None, num_targets)
-            self._log_step(result, norm)
+        self.global_step = step
+        if measured or step % self.settings.log_every_n_steps == 0:
+            self._log_step(sums.reduced(self.world), num_targets, measured, norm)
 
     def _is_measured(self, step: int) -> bool:
         """Detailed metrics come every so many steps, and with the first, so that every curve has its start."""
         return step == 1 or step % self.settings.log_detailed_metrics_every_n_steps == 0
 
-    def _count(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        """Targets of the loss and tokens of the step, over all ranks. Stays on the host."""
-        objective = self.parts.objective
-        counts = [[objective.num_targets(batch), batch.num_tokens] for batch in micro_batches]
-        num_targets, num_tokens = self.world.sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
-        return num_targets, int(num_tokens)
+    def _count(self, micro_batches: Iterable[Batch], *, training: bool = True) -> float:
+        """Targets of the loss of the step, over all ranks; its tokens are counted too. Stays on the host."""
+        targets = self.parts.objective.num_targets
+        counts = [[targets(b), b.num_tokens, b.num_supervised, b.num_samples] for b in micro_batches]
+        num_targets, *tokens = self.world.sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+        if training:
+            self.throughput.add(*tokens)
+        return num_targets
 
-    def _new_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.world.device
-        return torch.zeros((), dtype=torch.float64, device=device), empty_table(device)
-
-    def _reduce(self, loss_sum: torch.Tensor, table: torch.Tensor | None, num_targets: float) -> StepResult:
-        """Sum over ranks with one collective and bring the result to the host with one copy."""
-        sums = [loss_sum.reshape(1)] + ([] if table is None else [table.flatten()])
-        reduced = self.world.sum(torch.cat(sums)).cpu()
-        loss = float(reduced[0]) / (num_targets or 1.0)
-        return StepResult(loss, None if table is None else reduced[1:].view_as(table))
-
-    def _log_step(self, result: StepResult, norm: torch.Tensor | None) -> None:
-        now = time.perf_counter()
-        speed = self._tokens_since_log / (now - self._time_of_log) / self.world.size
-        self._tokens_since_log, self._time_of_log = 0, now
+    def _log_step(self, sums: Sums, num_targets: float, measured: bool, norm: torch.Tensor | None) -> None:
         row: dict[str, Any] = {
-            "loss": result.loss,
+            "loss": float(sums.loss) / (num_targets or 1.0),
             "lr": self.stepper.learning_rate,
-            "tokens_per_second_per_gpu": speed,
+            **self.throughput.take(),
         }
         if norm is not None:
             row["grad_norm"] = float(norm)
-        if result.table is not None:
-            row |= self.tracker.compute("train", result.table)
-        self.progress.step(row, self.global_step)
+        self.detail.fetch()
+        if not measured:
+            self.progress.step(row, self.global_step)
+            return
+        row |= self.tracker.name("train", sums)
+        self.progress.step(row, self.global_step, self.tracker.loss_histograms("train", sums.histogram))
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -161,21 +150,31 @@ class Trainer:
             return
         started = time.perf_counter()
         self.model.eval()
-        loss_sum, table = self._new_sums()
+        sums = Sums.empty(self.world.device)
         num_targets = 0.0
-        detailed = self.settings.enable_detailed_metrics
+        measured = self.settings.enable_detailed_metrics
         for micro_batches in self.progress.validating(self.parts.validation, self.global_step):
-            num_targets += self._count(micro_batches)[0]
+            num_targets += self._count(micro_batches, training=False)
             for micro_batch in micro_batches:
                 batch = micro_batch.to(self.world.device)
-                output = self.parts.objective(self.model, batch, with_statistics=detailed)
-                loss_sum += output.loss_sum
-                if output.table is not None:
-                    table += output.table
-        result = self._reduce(loss_sum, table if detailed else None, num_targets)
-        row = {metric_name("val", "overall", "loss", self.settings.metric_names): result.loss}
-        if result.table is not None:
-            row |= self.tracker.compute("val", result.table)
-        self.progress.validated(row, self.global_step)
+                output = self.parts.objective(self.model, batch, with_statistics=measured)
+                sums.add(output.loss_sum, output.tokens, batch)
+                if self.detail_val and output.tokens is not None:
+                    self.detail_val.add(output.tokens, batch, self.global_step)
+        sums = sums.reduced(self.world)
+        row = {
+            metric_name("val", "overall", "loss", self.settings.metric_names): float(sums.loss) / (num_targets or 1.0)
+        }
+        if measured:
+            row |= self.tracker.name("val", sums)
+        self.progress.validated(row, self.global_step, self.tracker.loss_histograms("val", sums.histogram))
         self.model.train()
-        self._time_of_log += time.perf_counter() - started  # validation does not count against throughput
+        self.throughput.pause(time.perf_counter() - started)
+
+    def _log_detail(self) -> None:
+        """Tables per tool and source of what was trained since the last time, and of the validation just made."""
+        for split, detail in (("train", self.detail), ("val", self.detail_val)):
+            detail.fetch()
+            detail.write()
+            if self.settings.log_by:
+                self.progress.detailed(split, merged(self.world.gather(detail.take())), self.global_step)

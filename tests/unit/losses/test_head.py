@@ -126,7 +126,12 @@ def test_it_equals_the_whole_softmax_of_a_real_vocabulary():
 
 @pytest.mark.parametrize(
     "shape, kind",
-    [((610, 47, 1031), "plain"), ((610, 47, 1031), "weighted"), ((610, 47, 1031), "learned"), ((20, 47, 151_936), "plain")],
+    [
+        ((610, 47, 1031), "plain"),
+        ((610, 47, 1031), "weighted"),
+        ((610, 47, 1031), "learned"),
+        ((20, 47, 151_936), "plain"),
+    ],
 )
 def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_way(shape, kind):
     x = inputs(shape, torch.bfloat16, kind)

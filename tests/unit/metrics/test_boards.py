@@ -14,6 +14,7 @@ from torchtune.training.metric_logging import StdoutLogger, TensorBoardLogger, W
 from tests import wandb_file
 from torchtune_agent.data.token_class import GROUPS, TokenClass
 from torchtune_agent.metrics import DetailedMetricsTracker, boards
+from torchtune_agent.metrics.charts import CLASS_METRICS
 from torchtune_agent.metrics.histogram import NUM_BUCKETS, UPPER_EDGES, add_losses, empty_counts
 from torchtune_agent.metrics.names import NameStyle
 
@@ -64,7 +65,7 @@ def test_tensorboard_overlays_the_classes_and_shows_their_losses(style: NameStyl
         tags = {chart.title: list(chart.multiline.tag) for chart in category.chart}
         names = [[split, "nll"], [split, "tool_call", "nll"], [split, "arg_value", "nll"]]
         assert {f"^{separator.join(name)}$" for name in names} <= set(tags["Loss"])
-        assert len(tags) == 11
+        assert len(tags) == len(CLASS_METRICS)
 
     for group, classes in GROUPS.items():
         parts = ["train", "loss_histogram"] if group == "overall" else ["train", group, "loss_histogram"]
