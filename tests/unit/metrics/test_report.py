@@ -69,11 +69,12 @@ def test_every_curve_is_drawn_in_its_colour(browser: Browser, report: Path) -> N
 
 
 def test_curves_are_where_their_values_are(browser: Browser, report: Path) -> None:
-    """The heights of two points have the ratio of their values, for the axis starts at 0."""
+    """Heights above the foot of the chart have the ratio of the values: the axis is linear and starts at 0."""
     with browser.open(report) as page:
         (d,) = [d for group, split, d in lines(page) if (group, split) == ("arg_value", "train")]
         heights = [float(point.split()[1]) for point in d.replace("M", "L").split("L")[1:]]
         zero = page.js("charts[0].py(0)")
+        assert page.js("charts[0].range[0]") == 0
     curve = History(logged_run.rows(40, every=2)).curves["train_arg_value_nll"]
     assert len(heights) == len(curve)
     for height, value in zip(heights, curve.values, strict=True):
