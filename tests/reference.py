@@ -24,6 +24,7 @@ GROUPS = {
     "call_name": {"CALL_NAME"},
     "arg_name": {"ARG_NAME"},
     "arg_value": {"ARG_VALUE"},
+    "stop": {"SPECIAL"},
 }
 
 Tags = list[tuple[TokenClass, int]]  # class and call index of every character

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -39,7 +40,8 @@ def rows_by_name(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A run on two ranks with TensorBoard, from a folder that is not the checkout: (output folder, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    result = tune.train(*tune.SMALL, "gradient_accumulation_steps=2", "log_peak_memory_stats=True", cwd=folder)
+    more = ["gradient_accumulation_steps=2", "log_peak_memory_stats=True"]
+    result = tune.train(*tune.SMALL, *more, "log_by=[tool,source]", "log_sample_losses=True", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "out", result.stdout, result.stderr
 
@@ -72,11 +74,42 @@ def test_tensorboard_holds_every_row(two_ranks: tuple[Path, str, str]) -> None:
 
 
 @pytest.mark.distributed
+def test_losses_of_every_sample_class_and_step_are_kept(two_ranks: tuple[Path, str, str]) -> None:
+    lines = parquet.read_table(two_ranks[0] / "logs" / "sample_losses").to_pylist()
+    assert {line["sample"] for line in lines} == {f"record[{i}]" for i in range(24)}  # each is trained once
+    assert len({(line["sample"], line["step"]) for line in lines}) == 24
+    logged = rows_by_name(read_rows(two_ranks[0] / "logs" / "metrics.jsonl"))
+    for step, loss in logged["loss"]:  # of all classes together, the ends of turns too
+        own = [(line["tokens"], line["loss"]) for line in lines if line["step"] == step]
+        assert sum(n * nll for n, nll in own) / sum(n for n, _ in own) == pytest.approx(loss, rel=1e-5)
+    for step, nll in logged["train_tool_call_nll"]:
+        names = ("call_syntax", "call_name", "arg_name", "arg_value")
+        own = [(x["tokens"], x["loss"]) for x in lines if x["step"] == step and x["token_class"] in names]
+        assert sum(n * nll for n, nll in own) / sum(n for n, _ in own) == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_tools_and_sources_are_told_apart(two_ranks: tuple[Path, str, str]) -> None:
+    logs, stdout, _ = two_ranks[0] / "logs", *two_ranks[1:]
+    logged = rows_by_name(read_rows(logs / "metrics.jsonl"))
+    tools = [json.loads(line) for line in (logs / "by_tool.jsonl").read_text().splitlines()]
+    validated = [row for row in tools if row["split"] == "val"]
+    assert 0 < len(validated) <= 20 and validated == sorted(validated, key=lambda row: (-row["calls"], row["tool"]))
+    assert all(row["loss"] > 0 and 0 <= row["exact"] <= row["name_exact"] <= 1 for row in tools)
+    (source,) = [json.loads(x) for x in (logs / "by_source.jsonl").read_text().splitlines() if '"val"' in x]
+    assert source["calls"] == logged["val_tool_call_num_calls"][-1][1]
+    assert source["loss"] == pytest.approx(logged["val_nll"][-1][1], rel=1e-6)
+    assert source["exact"] == pytest.approx(logged["val_tool_call_exact"][-1][1])
+    assert "Validation by tool, step 3" in stdout and validated[0]["tool"] in stdout
+    assert validated[0]["tool"] in (logs / "report.html").read_text()
+
+
+@pytest.mark.distributed
 def test_the_report_shows_every_class(two_ranks: tuple[Path, str, str], browser: Browser) -> None:
     with browser.open(two_ranks[0] / "logs" / "report.html") as page:
         lines = "[...document.querySelectorAll('figure[data-metric=\"nll\"] path.line')]"
         drawn = page.js(f"{lines}.map(line => line.dataset.class + ' ' + line.dataset.split)")
-        classes = ["overall", "reasoning", "tool_call", "call_syntax", "call_name", "arg_name", "arg_value"]
+        classes = ["overall", "reasoning", "tool_call", "call_syntax", "call_name", "arg_name", "arg_value", "stop"]
         assert drawn == [f"{name} {split}" for split in ("train", "val") for name in classes]
         assert page.errors == [] and page.requests == []
 

@@ -16,6 +16,7 @@ from torchtune_agent.errors import UserError
 from torchtune_agent.losses import CrossEntropy, token_logprobs
 from torchtune_agent.losses.output import check_output
 from torchtune_agent.metrics import COLUMNS, DetailedMetricsTracker
+from torchtune_agent.metrics.sums import Sums
 
 VOCAB = 61
 SIZES: dict[str, Any] = {
@@ -90,7 +91,9 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(tied, pack_to, chunk
     for name, parameter in model.named_parameters():
         scale = gradients[name].norm() + 1e-6
         assert (gradient_of(parameter) - gradients[name]).norm() / scale < 1e-5, name
-    metrics = DetailedMetricsTracker().compute("x", output.table)
+    sums = Sums.empty()
+    sums.add(output.loss_sum.detach(), output.tokens, batch)
+    metrics = DetailedMetricsTracker().compute("x", sums.table)
     for group, means in class_means(rows).items():
         for name, value in means.items():
             full = f"x_{name}" if group == "overall" else f"x_{group}_{name}"
@@ -195,10 +198,10 @@ def test_an_output_that_is_not_one_matrix_is_refused_by_name(make, named):
 def test_measuring_does_not_change_the_loss():
     model = tiny_model()
     batch = Collator(0)([[s] for s in SAMPLES])
-    with_table = CrossEntropy()(model, batch, with_statistics=True)
+    measured = CrossEntropy()(model, batch, with_statistics=True)
     without = CrossEntropy()(model, batch, with_statistics=False)
-    assert torch.equal(with_table.loss_sum, without.loss_sum)
-    assert without.table is None and without.tokens is None and with_table.table is not None
+    assert torch.equal(measured.loss_sum, without.loss_sum)
+    assert without.tokens is None and measured.tokens is not None
 
 
 def test_without_gradients_the_loss_is_the_same():
@@ -218,4 +221,4 @@ def test_a_batch_without_labels_has_zero_loss_and_zero_gradients(rows, pack_to):
     output.loss_sum.backward()
     assert output.loss_sum.item() == 0 and CrossEntropy().num_targets(batch) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-    assert output.table is not None and not output.table.any()
+    assert output.tokens is not None and len(output.tokens) == 0

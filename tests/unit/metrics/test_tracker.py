@@ -10,6 +10,7 @@ from tests.reference import class_means
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.errors import UserError
 from torchtune_agent.metrics import DetailedMetricsTracker, metric_name
+from torchtune_agent.metrics.sums import Sums
 
 NUM, VOCAB = 48, 61
 SPEC = Path(__file__).parents[4] / "shared" / "spec" / "agent-sft-metrics.md"
@@ -73,14 +74,37 @@ def test_nothing_added_means_no_metrics():
     assert tracker.compute("train") == {}
 
 
-@pytest.mark.parametrize("kind", [TokenClass.SPECIAL, TokenClass.IGNORED])
-def test_special_and_ignored_tokens_are_in_no_metric(kind):
+@pytest.mark.parametrize(("kind", "group"), [(TokenClass.SPECIAL, "stop"), (TokenClass.IGNORED, None)])
+def test_ends_of_turns_have_metrics_of_their_own_and_what_is_not_trained_has_none(kind, group):
     logits, labels, classes = tokens(kinds=range(2, 8))
     tracker = DetailedMetricsTracker()
     tracker.update(logits, labels, classes)
     before = tracker.compute("train")
     tracker.update(logits, labels, torch.full_like(classes, kind))
-    assert tracker.compute("train") == before
+    after = tracker.compute("train")
+    assert {name: value for name, value in after.items() if not name.startswith("train_stop_")} == before
+    assert ("train_stop_accuracy" in after) == (group == "stop")
+
+
+def test_shares_of_the_loss_and_of_exact_calls_are_named():
+    sums = Sums.empty()
+    sums.weighted[:] = torch.arange(8)
+    sums.table[1:, 0] = 3.0  # every class has tokens
+    sums.calls[:] = torch.tensor([8, 2, 5, 4])
+    named = DetailedMetricsTracker().name("val", sums)
+    assert named["val_stop_loss_share"] == pytest.approx(1 / 28)
+    assert named["val_tool_call_loss_share"] == pytest.approx((4 + 5 + 6 + 7) / 28)
+    assert named["val_reasoning_loss_share"] == pytest.approx((2 + 3) / 28)
+    assert "val_loss_share" not in named
+    assert named["val_tool_call_num_calls"] == 8
+    assert named["val_tool_call_exact"] == 2 / 8
+    assert named["val_tool_name_exact"] == 4 / 5
+    assert "val/tool_call/exact" in DetailedMetricsTracker(metric_names="slash").name("val", sums)
+
+
+def test_without_calls_there_are_no_shares_of_them():
+    named = DetailedMetricsTracker().name("val", Sums.empty())
+    assert named == {}
 
 
 def test_perplexity_is_that_of_the_classs_own_tokens_and_capped():
@@ -139,7 +163,7 @@ def test_without_classification_only_the_overall_numbers_are_reported():
     tracker.update(*tokens())
     everything = DetailedMetricsTracker()
     everything.update(*tokens())
-    prefixes = ("reasoning", "tool_call", "think", "call_", "arg_")
+    prefixes = ("reasoning", "tool_call", "think", "call_", "arg_", "stop")
     overall = {
         name: value
         for name, value in everything.compute("train").items()
