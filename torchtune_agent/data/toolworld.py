@@ -35,15 +35,22 @@ def toolworld_dataset(
         seed: of the world.
         packed: see AgentSFTDataset, like the arguments after it.
     """
-    from torchtune_agent.toolworld import ToolWorld
-
-    if split not in ("train", "validation", "test"):
-        raise UserError(f"dataset.split={split}: must be 'train', 'validation' or 'test'.")
     return AgentSFTDataset(
         tokenizer,
-        source=ToolWorld(num_tools=num_tools, seed=seed).conversations(split, num_tasks),
+        source=toolworld_records(split=split, num_tasks=num_tasks, num_tools=num_tools, seed=seed),
         packed=packed,
         enable_token_classification=enable_token_classification,
         train_on_tool_calls_only=train_on_tool_calls_only,
         train_on_reasoning_only=train_on_reasoning_only,
     )
+
+
+def toolworld_records(
+    *, split: str = "train", num_tasks: int = 1000, num_tools: int = 200, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The records `toolworld_dataset` is made of."""
+    from torchtune_agent.toolworld import ToolWorld
+
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"dataset.split={split}: must be 'train', 'validation' or 'test'.")
+    return ToolWorld(num_tools=num_tools, seed=seed).conversations(split, num_tasks)
