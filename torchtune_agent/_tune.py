@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from argparse import Namespace
 
-# recipes/<key>.py runs with configs/<name>.yaml for each of its names.
+# recipes/<key>.py runs with configs/<name>.yaml for each of its names. `tune` finds a config's name whichever recipe it
+# belongs to, so a recipe that takes the configs of another names none.
 RECIPES: dict[str, tuple[str, ...]] = {
     "agent_sft_distributed": (
         "agent_sft_distributed",
@@ -31,6 +32,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "qwen2_5/0.5B_agent_sft",
         "qwen2_5/7B_agent_sft",
     ),
+    "agent_data_check": (),
 }
 
 

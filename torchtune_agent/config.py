@@ -48,7 +48,7 @@ def instantiate(cfg: DictConfig | Mapping[str, Any], key: str, *args: Any, **kwa
     The component's signature is its schema: a key it does not take is refused with the nearest it does.
     """
     node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
-    if "_component_" not in node:
+    if node.get("_component_") is None:
         raise UserError(f"{key}: no '_component_' given. Name what to build, for example {key}._component_=...")
     made = component(node["_component_"], key)
     _check_signature(made, node, key, kwargs)
@@ -75,11 +75,11 @@ def _check_signature(made: Any, node: DictConfig, key: str, kwargs: Mapping[str,
             )
 
 
-def check_keys(cfg: DictConfig, known: set[str]) -> None:
-    """Refuse a top-level key nobody reads."""
+def check_keys(cfg: DictConfig, known: set[str], prefix: str = "") -> None:
+    """Refuse a key nobody reads, of the config or of the section that `prefix` ("name.") names."""
     for key in cfg:
         if key not in known:
-            raise UserError(f"{key}: unknown config key. {did_you_mean(str(key), known)}")
+            raise UserError(f"{prefix}{key}: unknown config key. {did_you_mean(str(key), known)}")
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:

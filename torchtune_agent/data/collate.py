@@ -4,7 +4,7 @@ Class and call travel with the label they describe: entry t of every [batch, seq
 token predicted *at* t, that is, of token t + 1. The last position of every conversation predicts nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ class Collator:
                 positions[r, at : at + size] = np.arange(size)
                 shifted = slice(at, at + size - 1)
                 labels[r, shifted] = np.asarray(sample["labels"])[1:]
-                classes[r, shifted] = self._classes(sample)[1:]
+                classes[r, shifted] = classes_of(sample, self.special_ids)[1:]
                 weights[r, shifted] = sample["weights"][1:] if "weights" in sample else 1.0
                 numbers[r, shifted] = len(first_calls) - 1
                 first_calls.append(_place_calls(calls[r, shifted], sample, first_calls[-1]))
@@ -103,12 +103,14 @@ class Collator:
             seq_lens=[_seq_lens(row, width) for row in rows or [[]]] if self.pack_to else None,
         )
 
-    def _classes(self, sample: Mapping[str, Any]) -> np.ndarray:
-        if "token_class" in sample:
-            return np.asarray(sample["token_class"])
-        labels = np.asarray(sample["labels"])
-        classes = np.where(labels == IGNORE_INDEX, TokenClass.IGNORED, TokenClass.REASONING)
-        return np.where(np.isin(labels, list(self.special_ids)), TokenClass.SPECIAL, classes)
+
+def classes_of(sample: Mapping[str, Any], special_ids: Collection[int]) -> np.ndarray:
+    """The class of every token; where a sample has none, what its labels tell."""
+    if "token_class" in sample:
+        return np.asarray(sample["token_class"])
+    labels = np.asarray(sample["labels"])
+    classes = np.where(labels == IGNORE_INDEX, TokenClass.IGNORED, TokenClass.REASONING)
+    return np.where(np.isin(labels, list(special_ids)), TokenClass.SPECIAL, classes)
 
 
 def _place_calls(out: np.ndarray, sample: Mapping[str, Any], next_call: int) -> int:

@@ -4,7 +4,7 @@ Everything is tokenized when the dataset is made for the first time, so that wha
 and listed before the first step, and the number of steps is known. The tokens are kept on disk.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,23 +129,34 @@ class AgentSFTTransform:
         classifier = Classifier(vocabulary(tokenizer), limit, style, markers)
         return (ChatTemplateEncoder if chat else TorchtuneEncoder)(tokenizer, classifier, train_on)
 
+    @property
+    def reads_conversations(self) -> bool:
+        return self._message_transform is None
+
     def fingerprint(self) -> Any:
         """Of everything that samples depend on beside the record."""
         return [fingerprint.of_option(self._options), fingerprint.of_tokenizer(self._tokenizer)]
 
     def encode(self, record: Mapping[str, Any]) -> tuple[list[Encoded], str]:
         """The samples of one record and the format it was read as; BadRecord where there are none."""
-        record = rename_columns(record, self._column_map)
         if self._message_transform is not None:
             assert not isinstance(self._cutting_encoder, ChatTemplateEncoder)
-            return self._finished(self._cutting_encoder.encode_messages(self._transformed(record))), "messages"
-        name = detect(record) if self._format == "auto" else self._format
-        conversation = convert(record, name)
-        check(conversation)
+            messages = self._transformed(rename_columns(record, self._column_map))
+            return self._finished(self._cutting_encoder.encode_messages(messages)), "messages"
+        conversation, name = self.conversation(record)
         samples = self.encode_conversation(conversation)
         for sample in samples:
             sample.origin = str(conversation.metadata.get("source", ""))
-        return samples, name if isinstance(name, str) else name.__name__
+        return samples, name
+
+    def conversation(self, record: Mapping[str, Any]) -> tuple[Conversation, str]:
+        """A record as a sound conversation, and the format it was read as. Not for records that a message transform
+        reads."""
+        record = rename_columns(record, self._column_map)
+        name = detect(record) if self._format == "auto" else self._format
+        conversation = convert(record, name)
+        check(conversation)
+        return conversation, name if isinstance(name, str) else name.__name__
 
     def _transformed(self, record: Mapping[str, Any]) -> list[Message]:
         """What the user's message transform makes of a record."""
@@ -330,8 +341,8 @@ class AgentSFTDataset(Dataset):
             max_seq_len=max_seq_len,
             over_long=over_long,
         )
-        records = Source(source, data_files, split, load_dataset_kwargs or {})
-        self._store = _tokens(records, self.transform, cache_folder(cache_dir))
+        self._records = Source(source, data_files, split, load_dataset_kwargs or {})
+        self._store = _tokens(self._records, self.transform, cache_folder(cache_dir))
         self.report = DataReport.from_json(self._store.summary["report"])
         self.report.check(max_bad_fraction)
 
@@ -340,6 +351,18 @@ class AgentSFTDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return as_sample(self._store[index])
+
+    def conversations(self) -> Iterator[tuple[str, Conversation]]:
+        """The sound conversations, read once more, and where their records stand. None where a message transform reads
+        the records."""
+        if not self.transform.reads_conversations:
+            return
+        for record in self._records.records():
+            try:
+                if record.problem is None:
+                    yield record.where, self.transform.conversation(record.data)[0]
+            except BadRecord:  # listed in the report
+                continue
 
     @property
     def folder(self) -> Path | None:

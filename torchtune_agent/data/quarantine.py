@@ -47,6 +47,12 @@ class DataReport:
             LeftOut(where, error.code, printable(error.detail.rstrip(".")), printable(excerpt[:_EXCERPT]))
         )
 
+    def __add__(self, other: "DataReport") -> "DataReport":
+        total = DataReport()
+        total.add(self)
+        total.add(other)
+        return total
+
     def add(self, other: "DataReport") -> None:
         """Count what `other` counts as well."""
         for name in self.__dataclass_fields__:

@@ -80,11 +80,12 @@ class ChatTemplateTokenizer(ModelTokenizer):
     ) -> None:
         _one_of("control_tokens", control_tokens, ("text", "refuse"))
         _one_of("history", history, ("as_served", "single"))
-        folder = TokenizerFolder(Path(path))
+        self.path = Path(path)
+        folder = TokenizerFolder(self.path)
         self._tokenizer = folder.tokenizer
         self._template = ChatTemplate(folder.chat_templates, folder.special_tokens, _as_datetime(date))
         self._controls = ControlTokens(self._tokenizer)
-        self._template_args = dict(template_args or {})
+        self.template_args = dict(template_args or {})
         self._spelled: Spelled = control_tokens
         self._history: History = history
         self.max_seq_len = max_seq_len
@@ -103,7 +104,7 @@ class ChatTemplateTokenizer(ModelTokenizer):
         return {
             "tokenizer": self._tokenizer.to_str(),
             "template": self._template.identity(),
-            "template_args": self._template_args,
+            "template_args": self.template_args,
             "control_tokens": self._spelled,
             "history": self._history,
         }
@@ -161,7 +162,7 @@ class ChatTemplateTokenizer(ModelTokenizer):
         return Sample(rendering.marks.plain(text) if rendering.marks else text, encoded.tokens, turns)
 
     def _rendering(self, conversation: Conversation, *, traced: bool = True) -> Rendering:
-        return Rendering(self._template, conversation, self._template_args, traced=traced)
+        return Rendering(self._template, conversation, self.template_args, traced=traced)
 
     def _encode_rendered(self, text: str, rendering: Rendering) -> EncodedText:
         return self._controls.encode(text, rendering.marks, rendering.data, self._spelled)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -40,11 +41,16 @@ def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int
             _run(name, cfg, build, size)
         except UserError as error:
             if rank == 0:
-                print(f"\nerror: {error}", file=sys.stderr, flush=True)
-                get_error_handler().record_exception(error)  # tells the launcher; see _tune.py
+                say_mistake(error)
             torch.distributed.barrier()  # torchrun ends every process once one has failed: let rank 0 speak first
             return 1
     return 0
+
+
+def say_mistake(error: UserError) -> None:
+    """What rank 0 does before the process ends for a mistake of the user's."""
+    print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    get_error_handler().record_exception(error)  # tells the launcher; see _tune.py
 
 
 def _run(name: str, cfg: DictConfig, build: Callable[[Run], Parts], size: int) -> None:
@@ -74,14 +80,16 @@ def _say(is_main: bool, text: str) -> None:
 def _check(cfg: DictConfig, size: int) -> Settings:
     settings = Settings.from_config(cfg)
     settings.check_world_size(size)
+    make_output_dir(settings.output_dir)
+    return settings
+
+
+def make_output_dir(path: Path) -> None:
     try:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"output_dir={settings.output_dir}: cannot be made: {error.strerror}. Name a folder you can write to."
+            f"output_dir={path}: cannot be made: {error.strerror}. Name a folder you can write to."
         ) from error
-    if not os.access(settings.output_dir, os.W_OK):
-        raise UserError(
-            f"output_dir={settings.output_dir}: cannot be written to. Name another folder, or change its permissions."
-        )
-    return settings
+    if not os.access(path, os.W_OK):
+        raise UserError(f"output_dir={path}: cannot be written to. Name another folder, or change its permissions.")

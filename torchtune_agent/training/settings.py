@@ -4,8 +4,9 @@ The keys are torchtune's. Components (model, dataset, ...) are named in COMPONEN
 options when they are made.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from omegaconf import DictConfig
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torchtune_agent.config import check_keys, resolved
 from torchtune_agent.errors import UserError
 from torchtune_agent.metrics.table import TOP_K
+
+T = TypeVar("T", bound=BaseModel)
 
 COMPONENT_KEYS = {
     "model",
@@ -29,6 +32,15 @@ COMPONENT_KEYS = {
     "tensor_parallel_plan",
 }
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
+
+
+def checked(model: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """The plain keys `values` as a `model`; a value of the wrong type is refused. `prefix` names their section."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{prefix}{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}.") from error
 
 
 class Settings(BaseModel):
@@ -88,11 +100,7 @@ class Settings(BaseModel):
                 raise UserError(
                     f"{key}: not given. Every training config needs it; `tune cat tiny/agent_sft` shows one."
                 )
-        try:
-            settings = cls(**{key: value for key, value in values.items() if key not in COMPONENT_KEYS})
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}.") from error
+        settings = checked(cls, {key: value for key, value in values.items() if key not in COMPONENT_KEYS})
         settings._check_ranges()
         settings._check_device()
         settings._check_together(cfg)

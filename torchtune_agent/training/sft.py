@@ -1,7 +1,9 @@
 """The parts of supervised fine-tuning, shared by every recipe that trains on conversations."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -17,7 +19,6 @@ from torchtune_agent.errors import UserError
 from torchtune_agent.losses import CrossEntropy, Objective
 from torchtune_agent.losses.output import check_output
 from torchtune_agent.training.run import Run
-from torchtune_agent.training.settings import Settings
 
 _SAME_LOSS = (CEWithChunkedOutputLoss, nn.CrossEntropyLoss)
 
@@ -34,8 +35,8 @@ def sft_data(run: Run, tokenizer: Any, model: nn.Module) -> SFTData:
     settings, world = run.settings, run.world
     plan = StepPlan(settings.batch_size, settings.gradient_accumulation_steps, world.dp_rank, world.dp_size)
     datasets = _datasets(run, "dataset", tokenizer, model)
-    has_token_classes = all(_has_token_classes(dataset) for dataset in datasets)
-    if settings.enable_token_classification and not has_token_classes:
+    classified = all(has_token_classes(dataset) for dataset in datasets)
+    if settings.enable_token_classification and not classified:
         run.say("              not every dataset tells its tokens' classes, so metrics are overall only")
     train = _loader(run, "dataset", datasets, tokenizer, plan, shuffle=settings.shuffle)
     if train.num_rows < plan.rows_per_step:
@@ -49,40 +50,46 @@ def sft_data(run: Run, tokenizer: Any, model: nn.Module) -> SFTData:
         plan = StepPlan(settings.batch_size_val or settings.batch_size, 1, world.dp_rank, world.dp_size)
         datasets = _datasets(run, "dataset_val", tokenizer, model)
         validation = _loader(run, "dataset_val", datasets, tokenizer, plan, shuffle=False)
-    return SFTData(train, validation, has_token_classes)
+    return SFTData(train, validation, classified)
 
 
-def _has_token_classes(dataset: Any) -> bool:
+def has_token_classes(dataset: Any) -> bool:
     return dataset.has_token_classes if isinstance(dataset, AgentSFTDataset) else "token_class" in dataset[0]
 
 
 def _datasets(run: Run, key: str, tokenizer: Any, model: nn.Module) -> list[Any]:
     """Make the dataset, or every one of a list, under `key`; say what is in them."""
     datasets = []
-    for name, section in _sections(run.cfg, key).items():
-        dataset = _make(section, name, tokenizer, run.settings)
-        if len(dataset) == 0:
-            raise UserError(f"{name}: no conversation with a token to train. Check the file and tokenizer.max_seq_len.")
+    for name, section in dataset_sections(run.cfg, key).items():
+        dataset = make_dataset(section, name, tokenizer, classified=run.settings.enable_token_classification)
+        check_not_empty(dataset, name)
         if isinstance(dataset, AgentSFTDataset):
             _check_against_model(dataset, name, tokenizer, model)
         datasets.append(dataset)
     reports = [dataset.report for dataset in datasets if isinstance(dataset, AgentSFTDataset)]
-    if reports:
-        report = DataReport()
-        for one in reports:
-            report.add(one)
-        for i, line in enumerate(report.lines()):
-            run.say(f"{key if i == 0 else '':<14}{line}")
+    if reports and run.world.is_main:
+        say_report(key, sum(reports, DataReport()), run.settings.output_dir, run.say)
         for folder in {dataset.folder for dataset in datasets if isinstance(dataset, AgentSFTDataset)} - {None}:
             run.say(f"              tokens kept in {folder}")
-        if report.left_out and run.world.is_main:
-            path = run.settings.output_dir / "logs" / f"quarantine_{key}.jsonl"
-            write_quarantine(report.left_out, path)
-            run.say(f"              all of them: {path}")
     return datasets
 
 
-def _sections(cfg: DictConfig, key: str) -> dict[str, DictConfig]:
+def say_report(key: str, report: DataReport, output_dir: Path, say: Callable[[str], None]) -> None:
+    """Say what is in the data under `key`, and write what was left out of it."""
+    for i, line in enumerate(report.lines()):
+        say(f"{key if i == 0 else '':<14}{line}")
+    if report.left_out:
+        path = output_dir / "logs" / f"quarantine_{key}.jsonl"
+        write_quarantine(report.left_out, path)
+        say(f"              all of them: {path}")
+
+
+def check_not_empty(dataset: Any, key: str) -> None:
+    if len(dataset) == 0:
+        raise UserError(f"{key}: no conversation with a token to train. Check the file and tokenizer.max_seq_len.")
+
+
+def dataset_sections(cfg: DictConfig, key: str) -> dict[str, DictConfig]:
     """The dataset section under `key`, or all of them by name where it is a list."""
     if not isinstance(cfg[key], ListConfig):
         return {key: cfg[key]}
@@ -90,7 +97,7 @@ def _sections(cfg: DictConfig, key: str) -> dict[str, DictConfig]:
 
 
 def _loader(run: Run, key: str, datasets: list[Any], tokenizer: Any, plan: StepPlan, *, shuffle: bool) -> SampleLoader:
-    packed = {bool(section.get("packed", False)) for section in _sections(run.cfg, key).values()}
+    packed = {bool(section.get("packed", False)) for section in dataset_sections(run.cfg, key).values()}
     if len(packed) > 1:
         raise UserError(f"{key}: some of its datasets are packed and some are not. Set packed alike on all of them.")
     if packed == {True} and tokenizer.max_seq_len is None:
@@ -100,17 +107,21 @@ def _loader(run: Run, key: str, datasets: list[Any], tokenizer: Any, plan: StepP
         pack_to=tokenizer.max_seq_len if packed == {True} else None,
         special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
     )
-    dataset = JoinedDataset(dict(zip(_sections(run.cfg, key), datasets, strict=True)))
+    dataset = JoinedDataset(dict(zip(dataset_sections(run.cfg, key), datasets, strict=True)))
     assert run.settings.seed is not None
     return SampleLoader(dataset, collator, plan, shuffle=shuffle, seed=run.settings.seed)
 
 
-def _make(section: DictConfig, key: str, tokenizer: Any, settings: Settings) -> Any:
-    """Make one dataset. Ours tells reasoning and calls apart unless the run as a whole does not."""
+def make_dataset(section: DictConfig, key: str, tokenizer: Any, *, classified: bool, **replaced: Any) -> Any:
+    """Make one dataset. Ours tells reasoning and calls apart unless the run as a whole does not (`classified`).
+
+    Options in `replaced` come before the section's, where the dataset has them.
+    """
     options: dict[str, Any] = {}
-    if "_component_" in section:
+    if section.get("_component_") is not None:
         known = inspect.signature(component(section["_component_"], key)).parameters
-        if "enable_token_classification" in known and not settings.enable_token_classification:
+        options = {name: value for name, value in replaced.items() if name in known}
+        if "enable_token_classification" in known and not classified:
             options["enable_token_classification"] = False
         if "packed" in known:
             options["packed"] = False  # the loader packs and keeps classes; torchtune's packing drops them
