@@ -152,7 +152,7 @@ def _checked_data(cfg: DictConfig, key: str, settings: CheckSettings, tokenizer:
         parity=_parity(ours, options, tokenizer),
         datasets={name: len(dataset) for name, dataset in datasets.items()},
         sources=Counter(samples.info(index).source for index in range(len(samples))),
-        samples=[Chosen(index, why, tokens(index)) for index, why in chosen.items()],
+        samples=[Chosen(index, why, samples.info(index).where, tokens(index)) for index, why in chosen.items()],
         refusal=_refusal(datasets, sections),
     )
 

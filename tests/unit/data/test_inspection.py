@@ -225,7 +225,7 @@ def checked(tokenizer: Any, parity: Parity | None = None, **options: Any) -> Che
         parity=parity or Parity("not today"),
         datasets={"dataset": len(data)},
         sources=Counter(),
-        samples=[Chosen(i, "first", tokens) for i, tokens in enumerate(samples)],
+        samples=[Chosen(i, "first", f"d.jsonl:{i + 1}", tokens) for i, tokens in enumerate(samples)],
         refusal=None,
     )
 

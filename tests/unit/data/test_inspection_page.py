@@ -55,7 +55,7 @@ def checked(source: list[dict[str, Any]], key: str = "dataset", **options: Any) 
         parity=Parity(version="5", divergences=[Divergence(EVIL, 3, EVIL, EVIL, EVIL)]),
         datasets={"dataset": len(samples)},
         sources=Counter({EVIL: 3, "web": 2}),
-        samples=[Chosen(i, why, samples[i]) for i, why in informative(counts, 50, ()).items()],
+        samples=[Chosen(i, why, f"d.jsonl:{i + 1}", samples[i]) for i, why in informative(counts, 50, ()).items()],
         refusal=f"data.jsonl:1: {EVIL}",
     )
 
@@ -179,7 +179,7 @@ def test_the_page_stays_small_whatever_the_data_is(tmp_path: Path) -> None:
     samples = [sample() for _ in range(20)]
     base = checked(ToolWorld(num_tools=40).conversations("train", 1))
     counts = statistics(samples[:1], known, {2})
-    chosen = [Chosen(i, "first", tokens) for i, tokens in enumerate(samples)]
+    chosen = [Chosen(i, "first", f"d.jsonl:{i + 1}", tokens) for i, tokens in enumerate(samples)]
     part = CheckedData(**{**vars(base), "statistics": counts, "samples": chosen})
     write(tmp_path / "page.html", [part], known, "Letters")
     assert 1_000_000 < (tmp_path / "page.html").stat().st_size < 5_000_000

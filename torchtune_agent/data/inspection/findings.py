@@ -21,6 +21,7 @@ class Chosen:
 
     index: int
     why: str
+    where: str  # of the record it was made of
     tokens: TaggedTokens
 
 

@@ -158,6 +158,7 @@ def _sample(sample: Chosen, vocabulary: Vocabulary) -> dict[str, Any]:
     pieces = zip(ids, token_texts(ids, vocabulary), strict=True)
     return {
         "index": sample.index,
+        "where": sample.where,
         "why": sample.why,
         "length": len(tokens.ids),
         "numTargets": int(tokens.is_target.sum()),

@@ -95,7 +95,10 @@ def _divergence(data: CheckedData) -> list[str]:
 def sample_lines(sample: Chosen, key: str, vocabulary: Vocabulary, *, colours: bool) -> list[str]:
     """One sample's tokens: text on coloured ground, or one line for every stretch of a class without colours."""
     tokens = sample.tokens
-    title = f"{key}, sample {sample.index}: {len(tokens.ids):,} tokens, {int(tokens.is_target.sum()):,} trained"
+    place = printable(sample.where)
+    title = (
+        f"{key}, sample {sample.index}: {len(tokens.ids):,} tokens, {int(tokens.is_target.sum()):,} trained, {place}"
+    )
     stretches = _stretches(tokens, vocabulary)
     if not colours:
         width = max(len(look.title) for look in LOOKS.values())
