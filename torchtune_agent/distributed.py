@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtune_agent.errors import UserError
 
 T = TypeVar("T")
-Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -119,17 +118,11 @@ class VocabularyShare:
         width = -(-weight.shape[0] // weight.device_mesh.size())
         return cls(weight.device_mesh, weight.device_mesh.get_local_rank() * width, width)
 
-    def gather(self, rows: Fields) -> Fields:
-        """The fields (some of them None) of every rank's tuple of tensors, stacked in a new first dimension.
-
-        They travel together, as float64, which holds token ids and everything that is computed in less.
-        """
-        own = [field for field in rows if field is not None]
-        columns = torch.cat([field.reshape(len(field), -1).double() for field in own], 1)
-        gathered = columns.new_empty(self.mesh.size(), *columns.shape)
-        dist.all_gather_into_tensor(gathered, columns, group=self.mesh.get_group())
-        parts = iter(gathered.split([field.shape[1:].numel() for field in own], 2))
-        return type(rows)(*(None if f is None else next(parts).reshape(-1, *f.shape).to(f.dtype) for f in rows))
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The `rows` of every rank, stacked in a new first dimension."""
+        gathered = rows.new_empty(self.mesh.size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=self.mesh.get_group())
+        return gathered.unflatten(0, (self.mesh.size(), len(rows)))
 
 
 def replicate(tensor: torch.Tensor, mesh: DeviceMesh, *, partial_gradient: bool) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchtune_agent.data.collate import Batch
+from torchtune_agent.errors import UserError
 from torchtune_agent.losses import head
 from torchtune_agent.losses.output import at_output
 
@@ -43,7 +44,7 @@ class CrossEntropy:
     how large a step is.
 
     Args:
-        chunk_size: supervised tokens whose logits are held at a time; fewer where they would exceed a gibibyte.
+        chunk_size: supervised tokens whose logits are held at a time; fewer where they would exceed half a gibibyte.
         entropy_k: see DetailedMetricsTracker.
         compile: use torch.compile for what is done to the logits; worth it on a GPU.
     """
@@ -51,6 +52,10 @@ class CrossEntropy:
     chunk_size: int = 2048
     entropy_k: int = 10
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise UserError(f"loss.chunk_size={self.chunk_size}: must be at least 1.")
 
     def num_targets(self, batch: Batch) -> float:
         return batch.total_weight

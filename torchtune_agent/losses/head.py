@@ -15,7 +15,7 @@ from torchtune_agent.distributed import VocabularyShare
 from torchtune_agent.metrics import softmax
 from torchtune_agent.metrics.table import COLUMNS, statistics_of
 
-_MAX_CHUNK_BYTES = 2**30
+_MAX_CHUNK_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Projection:
 class Chunking:
     """How logits are made and read.
 
-    `size` rows at a time, or as many as fit into a gibibyte; few large chunks are faster than many small ones, as every
-    chunk reads and writes the gradient of the whole weight.
+    `size` rows at a time, or as many as fit into half a gibibyte. Few large chunks are faster than many small ones, as
+    every chunk reads and writes the gradient of the whole weight.
     """
 
     size: int = 2048
@@ -58,7 +58,7 @@ class Chunking:
     ) -> softmax.RowSums:
         first_id = share.first_id if share else None
         sums = softmax.read(logits, labels, measure=measure, first_id=first_id, compiled=self.compiled)
-        return softmax.merge(share.gather(sums)) if share else sums
+        return softmax.merge(sums, share.gather) if share else sums
 
     def gradient_(
         self,
@@ -128,7 +128,7 @@ class _CrossEntropy(torch.autograd.Function):
         for rows, logits in chunking.logits(Projection(terms, share)):
             sums = chunking.read(logits, labels[rows], share, measure=statistics is not None)
             loss_sum -= (sums.log_p * weights[rows]).sum()
-            if statistics is not None:
+            if statistics is not None and entropy_k is not None:
                 statistics[rows] = statistics_of(sums, labels[rows], entropy_k)
             if gradients is not None:
                 size, sign = weights[rows].abs(), weights[rows].sign()

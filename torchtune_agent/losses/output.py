@@ -25,7 +25,7 @@ Result = TypeVar("Result", bound=torch.Tensor | tuple[torch.Tensor | None, ...])
 
 def check_output(model: TransformerDecoder) -> None:
     """Refuse a model whose logits are more than a product of hidden states and a weight."""
-    output = model.output
+    output: Any = model.output
     problem = None
     if type(model).unembed is not TransformerDecoder.unembed:
         problem = f"{type(model).__name__} makes its logits in a way of its own (`unembed`)"
@@ -59,7 +59,7 @@ def at_output(model: nn.Module, batch: Batch, compute: Callable[[Projection], Re
         inputs = {"mask": packed_block_causal_mask(batch.seq_lens), "input_pos": batch.input_pos}
         if isinstance(inputs["mask"], torch.Tensor):
             inputs["mask"] = inputs["mask"].to(batch.tokens.device)
-    model.unembed = unembed
+    model.unembed = unembed  # pyright: ignore[reportAttributeAccessIssue]
     try:
         return model(tokens=batch.tokens, **inputs)
     finally:
@@ -69,12 +69,12 @@ def at_output(model: nn.Module, batch: Batch, compute: Callable[[Projection], Re
 def _managed(output: Any, hidden: torch.Tensor, project: Callable[[torch.Tensor], Result]) -> Result:
     """`project(hidden)` as if it were the forward of the module that holds the output's weight: where that is an FSDP
     unit of its own, its weight is gathered before and its gradient reduced after."""
-    module = output.tied_module if isinstance(output, TiedLinear) else output
-    if not isinstance(module, FSDPModule):
+    module: Any = output.tied_module if isinstance(output, TiedLinear) else output
+    if not issubclass(type(module), FSDPModule):
         return project(hidden)
-    if not hasattr(module, "_project"):
+    if "_project" not in vars(module):
         module._project = _call
-        register_fsdp_forward_method(module, "_project")  # pyright: ignore[reportArgumentType]
+        register_fsdp_forward_method(module, "_project")
     return module._project(hidden, project)
 
 

@@ -63,8 +63,9 @@ def read(
     return RowSums(peak, total, label, spread, _largest(logits, maxima).to(total.dtype), best + (first_id or 0))
 
 
-def merge(shares: RowSums) -> RowSums:
-    """Put together what is known of the shares of a vocabulary: every field has the shares in a first dimension more."""
+def merge(share: RowSums, gather: Callable[[torch.Tensor], torch.Tensor]) -> RowSums:
+    """What is known of the whole vocabulary, from this share of it and what `gather` stacks upon it of the others'."""
+    shares = RowSums(*(None if field is None else gather(field) for field in share))  # pyright: ignore
     peak = shares.peak.amax(0)
     below = shares.peak - peak
     scale = below.exp()

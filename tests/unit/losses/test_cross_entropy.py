@@ -113,7 +113,7 @@ def lora_model(dora: bool = False) -> TransformerDecoder:
 
 def frozen_output() -> TransformerDecoder:
     model = tiny_model(tied=False)
-    model.output.requires_grad_(False)
+    model.get_submodule("output").requires_grad_(False)
     return model
 
 
@@ -172,7 +172,8 @@ def test_disabled_adapters_count_for_nothing():
 
 class Capped(TransformerDecoder):
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
-        return super().unembed(h).tanh()
+        output: Any = self.output
+        return torch.tanh(output(self.norm(h)))
 
 
 def capped() -> TransformerDecoder:
@@ -193,6 +194,11 @@ def biased() -> TransformerDecoder:
 def test_an_output_that_is_not_one_matrix_is_refused_by_name(make, named):
     with pytest.raises(UserError, match=named):
         check_output(make())
+
+
+def test_a_chunk_of_no_rows_is_refused():
+    with pytest.raises(UserError, match="chunk_size=0"):
+        CrossEntropy(chunk_size=0)
 
 
 def test_measuring_does_not_change_the_loss():

@@ -15,7 +15,7 @@ from torchtune_agent.metrics.table import COLUMNS
 SMALL = (61, 47, 1031)  # rows, hidden size, vocabulary
 WHOLE_BLOCKS = (61, 47, 1024)
 QWEN = (512, 896, 151_936)
-MEASURED_ROWS = 100
+MEASURED_ROWS = 61
 SCALE = 7.0  # the Trainer scales the loss: gradients must follow
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -83,17 +83,19 @@ def found(x: Inputs, chunking: Chunking, scale: float = SCALE) -> Found:
     return Found(loss.detach(), hidden, weight, statistics)
 
 
-def error(got: torch.Tensor, truth: torch.Tensor) -> float:
+def error(got: torch.Tensor, truth: torch.Tensor, norm: float = 2) -> float:
     """Relative to the size of the whole tensor."""
-    return float((got.double() - truth.double()).norm() / (truth.double().norm() + 1e-30))
+    if truth.numel() == 0:
+        return 0.0
+    size = torch.linalg.vector_norm(truth, norm).double() + 1e-30
+    return float(torch.linalg.vector_norm(got - truth, norm).double() / size)
 
 
 def check(got: Found, truth: Found, tolerance: float) -> None:
     torch.testing.assert_close(got.loss, truth.loss, rtol=tolerance, atol=tolerance)
     assert error(got.hidden, truth.hidden) < tolerance
     assert error(got.weight, truth.weight) < tolerance
-    largest = float(truth.weight.abs().max())
-    torch.testing.assert_close(got.weight, truth.weight, rtol=tolerance, atol=tolerance * largest)
+    assert error(got.weight, truth.weight, torch.inf) < tolerance
     assert list(got.statistics) == list(truth.statistics)
     for name, value in truth.statistics.items():
         own = got.statistics[name][: len(value)]
