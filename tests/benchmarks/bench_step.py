@@ -27,6 +27,7 @@ from tests.benchmarks import turns  # noqa: E402
 from tests.reference import IGNORE_INDEX  # noqa: E402
 from torchtune_agent.data import Batch, Collator, TokenClass  # noqa: E402
 from torchtune_agent.losses import CrossEntropy  # noqa: E402
+from torchtune_agent.metrics.sums import Sums  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 151_936,
@@ -68,8 +69,9 @@ def our_step(model: TransformerDecoder, batch: Batch, optimizer: torch.optim.Opt
     (output.loss_sum * (1 / objective.num_targets(batch))).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    sums = [output.loss_sum.detach().reshape(1)] + ([] if output.table is None else [output.table.flatten()])
-    return float(torch.cat(sums).cpu()[0]) / objective.num_targets(batch)
+    sums = Sums.empty(DEVICE)
+    sums.add(output.loss_sum.detach(), output.tokens, batch)
+    return float(torch.cat([field.flatten() for field in vars(sums).values()]).cpu()[0]) / objective.num_targets(batch)
 
 
 def torchtune_step(
