@@ -273,6 +273,10 @@ def test_clipping_was_at_work(results, truths):
 
 
 def named(split: str, means: dict[str, dict[str, float]]) -> dict[str, float]:
+    total = sum(means[group]["nll"] * means[group]["num_tokens"] for group in ("overall", "stop"))
+    for group, own in means.items():
+        if group != "overall":
+            own["loss_share"] = own["nll"] * own["num_tokens"] / total
     return {
         f"{split}_{name}" if group == "overall" else f"{split}_{group}_{name}": value
         for group, own in means.items()
@@ -281,7 +285,12 @@ def named(split: str, means: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def metrics_in(row: dict[str, float], split: str) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name.startswith(f"{split}_") and name != "val_loss"}
+    """Those of tokens: not the loss of all, nor those of whole calls."""
+    others = {
+        "val_loss",
+        *(f"{split}_{name}" for name in ("tool_call_exact", "tool_call_num_calls", "tool_name_exact")),
+    }
+    return {name: value for name, value in row.items() if name.startswith(f"{split}_") and name not in others}
 
 
 def test_metrics_of_every_step_are_those_of_all_tokens_of_all_ranks(results, truths):
