@@ -10,14 +10,26 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from types import BuiltinMethodType
 from typing import Any
 
 from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext, new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from torchtune_agent.data.conversation import Conversation, Message, ToolCall
+from torchtune_agent.data.loop_memory import (
+    MEMORY,
+    TOLD_BY_LOOPS,
+    LoopMemory,
+    Memory,
+    RememberingLoop,
+    contents_of,
+    remember_loops,
+)
 from torchtune_agent.data.tracing import Marks, free_marks, mark_literals, strings_in
 from torchtune_agent.errors import UserError
 
@@ -53,7 +65,8 @@ class ChatTemplate:
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
         self._special_tokens = special_tokens
         self._date = date
-        self._compiled: dict[tuple[str, int | None], Template] = {}
+        self._compiled: dict[tuple[str, int | None], tuple[Template, dict[str, Any]]] = {}
+        self.endings: dict[str, Any] = {}  # how it ends with which tools, as `served` found out
         for name in self._sources:
             self._compile(name, None)
 
@@ -71,13 +84,16 @@ class ChatTemplate:
         add_generation_prompt: bool,
         arguments: Mapping[str, Any],
         marks: Marks | None = None,
+        memory: Memory | None = None,
     ) -> list[str]:
-        """The rendered text in the pieces the template wrote it in."""
-        template = self._compile(self._name(tools), marks)
-        tokens = {k: marks.mark(v) if marks else v for k, v in self._special_tokens.items()}
-        values = {"documents": None, **tokens, **arguments, "messages": messages, "tools": tools}
+        """The rendered text in the pieces the template wrote it in; `memory` is for other renderings with the same
+        tools, arguments and marks."""
+        template, constants = self._compile(self._name(tools), marks)
+        values = {**constants, **arguments, "messages": messages, "tools": tools}
+        values |= {"add_generation_prompt": add_generation_prompt, MEMORY: {} if memory is None else memory}
         try:
-            return list(template.generate(**values, add_generation_prompt=add_generation_prompt))
+            context = new_context(template.environment, None, template.blocks, values, shared=True)
+            return list(template.root_render_func(context))
         except _TEMPLATE_ERRORS as error:
             said = marks.plain(str(error)) if marks else str(error)
             raise RenderError("template", f"chat template: {said or type(error).__name__}") from error
@@ -88,16 +104,19 @@ class ChatTemplate:
             raise UserError(f"chat template: none is named 'default', only {', '.join(sorted(self._sources))}.")
         return name
 
-    def _compile(self, name: str, marks: Marks | None) -> Template:
+    def _compile(self, name: str, marks: Marks | None) -> tuple[Template, dict[str, Any]]:
+        """A template, and the variables that are the same in every rendering."""
         key = (name, marks.plane if marks else None)
         if key not in self._compiled:
             environment = _environment(self._date)
             source = self._sources[name]
             try:
-                tree = mark_literals(environment, source, marks) if marks else source
-                self._compiled[key] = environment.from_string(tree)
+                tree = mark_literals(environment, source, marks) if marks else environment.parse(source)
+                template = environment.from_string(remember_loops(environment, tree))
             except TemplateError as error:
                 raise UserError(f"chat template {name!r}: {error}") from error
+            tokens = {k: marks.mark(v) if marks else v for k, v in self._special_tokens.items()}
+            self._compiled[key] = template, {**environment.globals, "documents": None, **tokens}
         return self._compiled[key]
 
     @cached_property
@@ -128,6 +147,8 @@ class Rendering:
         self.messages = [_as_template_message(m, template) for m in conversation.messages]
         self.data = [*strings_in([_without_role(m) for m in self.messages]), *strings_in([self.tools, arguments])]
         self.marks = free_marks(self.data) if traced else None
+        self._memory: Memory = {}
+        self._plain_memory: Memory = {}
         if traced and self.marks is None:
             raise RenderError("private_use", "the text holds private-use characters of both planes 15 and 16.")
 
@@ -137,8 +158,8 @@ class Rendering:
 
     def pieces(self, stop: int | None = None, *, prompt: bool = False, plain: bool = False) -> list[str]:
         """The same text, in the pieces the template wrote it in."""
-        marks = None if plain else self.marks
-        return self.template.pieces(self.messages[:stop], self.tools, prompt, self.arguments, marks)
+        marks, memory = (None, self._plain_memory) if plain else (self.marks, self._memory)
+        return self.template.pieces(self.messages[:stop], self.tools, prompt, self.arguments, marks, memory)
 
     def verified(self, text: str, stop: int | None = None, *, prompt: bool = False) -> bool:
         """Whether `text`, a marked rendering, is the plain one but for the marks."""
@@ -198,13 +219,45 @@ def _without_role(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment(date: datetime | None) -> Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock, LoopMemory]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: (date or datetime.now()).strftime(form)
     return environment
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Answers what templates ask most without the checks that let it pass anyway."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict:
+            if attribute not in _DICT_ATTRIBUTES:
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        elif kind is Namespace:
+            value = contents_of(obj).get(attribute)
+            if type(value) in (str, int, bool) and not attribute.startswith("_"):
+                return value
+        elif attribute in _HARMLESS.get(kind, ()):
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str:
+            kwargs.pop("_loop_vars", None)  # of jinja's own, for functions that want the context
+            kwargs.pop("_block_vars", None)
+            return __obj(*args, **kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_HARMLESS: dict[type, frozenset[str]] = {
+    str: frozenset(name for name in dir(str) if not name.startswith(("_", "format"))),
+    LoopContext: TOLD_BY_LOOPS,
+    RememberingLoop: TOLD_BY_LOOPS,
+}
 
 
 class _GenerationBlock(Extension):

@@ -1,63 +1,91 @@
 """Encoding in which only the template can write a control token.
 
-Control tokens are the special and added tokens of the tokenizer, except those of white space alone. The text is encoded
-whole, as a server does it, and the control tokens that come out are compared with those the template wrote. Where data
-spells one, the text is cut at the template's tokens, and a copy of the tokenizer that knows none encodes the rest.
+Control tokens are the special and added tokens of the tokenizer, except those of white space alone. A tokenizer cuts a
+text at its control tokens and encodes each piece by itself. So does this, but only at those that the template wrote:
+where data spells one, a copy of the tokenizer that knows none encodes the piece. Pieces are remembered, as system
+prompts repeat from record to record, and all of a conversation from sample to sample.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from torchtune_agent.data.chat_template import RenderError
-from torchtune_agent.data.tracing import PLANES, Marks
+from torchtune_agent.data.tracing import MARKS, Marks
 
 Spelled = Literal["text", "refuse"]
 Span = tuple[int, int]
 
+_MAX_REMEMBERED = 1_000_000  # characters; their encodings take some 40 MB
+
 
 class EncodedText:
-    """Tokens of a text, and which of them a stretch of its characters holds."""
+    """A text, its tokens, and which of them a stretch of its characters holds."""
 
-    def __init__(self, tokens: list[int], offsets: Encoding | Sequence[Span]) -> None:
-        self.tokens = tokens
-        self._offsets = offsets
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens: list[int] = []
+        self._pieces: list[Encoding | None] = []  # None for a control token
+        self._first_chars: list[int] = []
+        self._first_tokens: list[int] = []
+
+    def add(self, start: int, tokens: Sequence[int], encoding: Encoding | None) -> None:
+        """The next piece of the text, which begins at character `start`."""
+        self._first_chars.append(start)
+        self._first_tokens.append(len(self.tokens))
+        self._pieces.append(encoding)
+        self.tokens += tokens
+
+    def end(self) -> "EncodedText":
+        self.add(len(self.text), [], None)
+        return self
 
     def touching(self, start: int, stop: int) -> Span:
         """The tokens that have a character in [start, stop)."""
-        if not isinstance(self._offsets, Encoding):
-            starts, ends = np.array(self._offsets, np.int64).reshape(-1, 2).T
-            return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, stop, "left"))
-        # A normalizer may drop a character, which then has no token.
-        firsts = (self._offsets.char_to_token(c) for c in range(start, stop))
-        first = next((t for t in firsts if t is not None), 0)
-        lasts = (self._offsets.char_to_token(c) for c in range(stop - 1, start - 1, -1))
-        after = next((t for t in lasts if t is not None), 0)
-        while after < len(self.tokens) and self._chars(after)[0] < stop:  # several tokens may share a character
-            after += 1
-        return first, after
+        return self._num_ended(start), self._num_begun(stop)
 
     def within(self, start: int, stop: int) -> Span:
         """The tokens all of whose characters lie in [start, stop): one that reaches over an end is left out."""
-        if start >= stop:
-            return 0, 0
-        first, after = self.touching(start, stop)
-        while first < after and self._chars(first)[0] < start:
-            first += 1
-        while first < after and self._chars(after - 1)[1] > stop:
-            after -= 1
-        return first, after
+        first = self._num_begun(start)
+        return first, max(first, self._num_ended(stop))
 
-    def _chars(self, token: int) -> Span:
-        chars = self._offsets.token_to_chars(token) if isinstance(self._offsets, Encoding) else self._offsets[token]
-        assert chars is not None
-        return chars
+    def _num_ended(self, char: int) -> int:
+        """How many tokens end before or at the beginning of a character."""
+        number, inside = self._piece_at(char)
+        first, encoding = self._first_tokens[number], self._pieces[number]
+        if not inside or encoding is None:
+            return first
+        # A normalizer may drop a character, which then has no token.
+        size = self._first_chars[number + 1] - self._first_chars[number]
+        tokens = (encoding.char_to_token(c) for c in range(inside, size))
+        return first + next((token for token in tokens if token is not None), len(encoding))
+
+    def _num_begun(self, char: int) -> int:
+        """How many tokens begin before a character."""
+        number, inside = self._piece_at(char)
+        encoding = self._pieces[number]
+        if not inside:
+            return self._first_tokens[number]
+        if encoding is None:
+            return self._first_tokens[number] + 1
+        token = self._num_ended(char) - self._first_tokens[number]
+        while token < len(encoding):  # several tokens may share a character
+            chars = encoding.token_to_chars(token)
+            if chars is not None and chars[0] >= inside:
+                break
+            token += 1
+        return self._first_tokens[number] + token
+
+    def _piece_at(self, char: int) -> Span:
+        """The piece that a character stands in, and where in it."""
+        number = max(0, bisect_right(self._first_chars, char) - 1)
+        return number, char - self._first_chars[number]
 
 
 class ControlTokens:
@@ -68,12 +96,15 @@ class ControlTokens:
         added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.content.strip()}
         self._added = list(added.values())
         self._ids = {token.content.strip(): i for i, token in added.items()}
-        self._is_control = np.zeros(max(added, default=0) + 1, bool)
-        self._is_control[list(added)] = True
-        self._spelled = _any_of(self._added, None)
-        self._marked = {plane: _any_of(self._added, Marks(plane)) for plane in PLANES}
+        self._controls = frozenset(added)
+        self._spelled = _any_of(self._added)
+        # Where a token is known by more than its spelling, the tokenizer is asked what it makes of the whole text.
+        normalizes = repr(tokenizer.normalizer) not in ("None", "Sequence(normalizers=[])")
+        self._asks = any(token.single_word or (token.normalized and normalizes) for token in self._added)
         special = sorted((token.content for token in self._added if token.special), key=len, reverse=True)
-        self._special = {None: special} | {p: [Marks(p).mark(text) for text in special] for p in PLANES}
+        self._special = {None: special} | {p: [marks.mark(text) for text in special] for p, marks in MARKS.items()}
+        self._remembered: dict[str, tuple[list[int], Encoding]] = {}
+        self._num_remembered = 0
 
     def specials(self, marks: Marks | None) -> list[str]:
         """The special tokens, marked as the template writes them, the longest first."""
@@ -89,34 +120,44 @@ class ControlTokens:
             spelled: what to do where data spells a control token.
         """
         plain, written = marks.split(text) if marks else (text, np.zeros(len(text), bool))
-        encoding = _encode(self._tokenizer, plain)
-        found = self._controls_among(encoding.ids)
-        if marks and found == self._ids_of(marks.plain(m[0]) for m in self._marked[marks.plane].finditer(text)):
-            return EncodedText(encoding.ids, encoding)
         places = [m.span() for m in self._spelled.finditer(plain)]
-        in_data = lru_cache(maxsize=None)(lambda part: any(part in text for text in data))
-        real = [place for place in places if _is_the_templates(place, plain, written, in_data)]
-        if real == places and found == self._ids_of(plain[a:b] for a, b in real):
-            return EncodedText(encoding.ids, encoding)
-        if spelled == "refuse" or marks is None:
-            forged = sorted({plain[a:b] for a, b in set(places) - set(real)})
-            raise RenderError("control_token", f"the text spells control tokens: {', '.join(forged)}")
-        return self._encode_in_pieces(plain, real)
+        real = _of_the_template(places, plain, written, data)
+        encoded = EncodedText(plain)
+        if self._asks:
+            encoding = _encode(self._tokenizer, plain)
+            if [i for i in encoding.ids if i in self._controls] == [self._id_of(plain[a:b]) for a, b in real]:
+                encoded.add(0, encoding.ids, encoding)
+                return encoded.end()
+        forged = sorted(set(places) - set(real)) if len(real) < len(places) else []
+        if forged and (spelled == "refuse" or marks is None):
+            names = ", ".join(sorted({plain[a:b] for a, b in forged}))
+            raise RenderError("control_token", f"the text spells control tokens: {names}")
+        position = 0
+        for start, stop in [*real, (len(plain), len(plain))]:
+            if position < start:
+                is_forged = bisect_left(forged, (position, 0)) < bisect_left(forged, (start, 0))
+                encoded.add(position, *self._piece(plain[position:start], is_forged))
+            if start < stop:
+                encoded.add(start, [self._id_of(plain[start:stop])], None)
+            position = stop
+        return encoded.end()
 
-    def _encode_in_pieces(self, plain: str, real: Sequence[Span]) -> EncodedText:
-        """Encode with the control tokens at `real`, and none elsewhere."""
-        tokens: list[int] = []
-        offsets: list[Span] = []
-        for (_, start), (stop, after) in pairwise([(0, 0), *real, (len(plain), len(plain))]):
-            encoding = _encode(self._without_controls, plain[start:stop])
-            if self._controls_among(encoding.ids):
-                raise RenderError("control_token", "the tokenizer makes a control token of plain text.")
-            tokens += encoding.ids
-            offsets += [(a + start, b + start) for a, b in encoding.offsets]
-            if after > stop:
-                tokens += self._ids_of([plain[stop:after]])
-                offsets.append((stop, after))
-        return EncodedText(tokens, offsets)
+    def _piece(self, text: str, forged: bool) -> tuple[list[int], Encoding]:
+        """The tokens of a text without a control token; `forged` where it spells one."""
+        known = self._remembered.get(text)
+        if known is not None:
+            return known
+        encoding = _encode(self._without_controls if forged else self._tokenizer, text)
+        if not self._controls.isdisjoint(encoding.ids) and not forged:
+            encoding = _encode(self._without_controls, text)
+        if not self._controls.isdisjoint(encoding.ids):
+            raise RenderError("control_token", "the tokenizer makes a control token of plain text.")
+        self._num_remembered += len(text)
+        if self._num_remembered > _MAX_REMEMBERED:
+            self._remembered.clear()
+            self._num_remembered = len(text)
+        self._remembered[text] = encoding.ids, encoding
+        return self._remembered[text]
 
     @cached_property
     def _without_controls(self) -> Tokenizer:
@@ -124,31 +165,33 @@ class ControlTokens:
         state["added_tokens"] = [t for t in state["added_tokens"] if t["content"].strip() not in self._ids]
         return Tokenizer.from_str(json.dumps(state))
 
-    def _ids_of(self, spellings: Iterable[str]) -> list[int]:
-        return [self._ids[text.strip()] for text in spellings]
-
-    def _controls_among(self, tokens: list[int]) -> list[int]:
-        ids = np.array(tokens, np.int64)
-        ids = ids[ids < len(self._is_control)]
-        return ids[self._is_control[ids]].tolist()
+    def _id_of(self, spelling: str) -> int:
+        return self._ids[spelling.strip()]
 
 
-def _any_of(added: Sequence[AddedToken], marks: Marks | None) -> re.Pattern[str]:
+def _any_of(added: Sequence[AddedToken]) -> re.Pattern[str]:
     """Matches as tokenizers does: the leftmost, there the longest, with the white space that some tokens swallow."""
     parts = [
-        r"\s*" * token.lstrip + re.escape(marks.mark(token.content) if marks else token.content) + r"\s*" * token.rstrip
+        r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
         for token in sorted(added, key=lambda token: -len(token.content))
     ]
     return re.compile("|".join(parts) or "(?!)")
 
 
-def _is_the_templates(place: Span, plain: str, written: np.ndarray, in_data: Callable[[str], bool]) -> bool:
-    """Whether the template spelled what stands at `place`: it wrote every character, or no data holds the ones it is
-    not known to have written (a literal that it took from a list, say)."""
-    start, stop = place
-    edges = np.flatnonzero(np.diff(written[start:stop], prepend=True, append=True)) + start
-    unknown = (plain[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True))
-    return not any(part and in_data(part) for part in unknown)
+def _of_the_template(places: Sequence[Span], plain: str, written: np.ndarray, data: Sequence[str]) -> list[Span]:
+    """Those of `places` that the template spelled: it wrote every character, or no data holds the ones it is not known
+    to have written (a literal that it took from a list, say)."""
+    marked = written.tobytes()
+    in_data = cache(lambda part: any(part in text for text in data))
+
+    def is_its_own(start: int, stop: int) -> bool:
+        if marked.find(b"\0", start, stop) < 0:
+            return True
+        edges = np.flatnonzero(np.diff(written[start:stop], prepend=True, append=True)) + start
+        unknown = (plain[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True))
+        return not any(part and in_data(part) for part in unknown)
+
+    return [place for place in places if is_its_own(*place)]
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> Encoding:

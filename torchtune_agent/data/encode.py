@@ -25,6 +25,9 @@ from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.data.token_text import Vocabulary
 from torchtune_agent.errors import UserError
 
+# Plain numbers: numpy takes them faster than members.
+_IGNORED, _SPECIAL, _REASONING = map(int, (TokenClass.IGNORED, TokenClass.SPECIAL, TokenClass.REASONING))
+
 
 @dataclass
 class Encoded:
@@ -61,18 +64,19 @@ class Classifier:
 
     def __call__(self, tokens: Sequence[int], turns: Sequence[Turn]) -> Encoded:
         kept = len(tokens) if self.max_seq_len is None else min(len(tokens), self.max_seq_len)
-        classes = np.full(kept, TokenClass.IGNORED, np.uint8)
+        classes = np.full(kept, _IGNORED, np.uint8)
         calls = np.full(kept, -1, np.int32)
         weights = np.zeros(kept, np.float32)
         tools: list[str] = []
         for turn in turns:
-            classes[turn.end : turn.stop] = TokenClass.SPECIAL
+            classes[turn.end : turn.stop] = _SPECIAL
             weights[turn.start : turn.stop] = turn.weight
             part = slice(turn.start, min(turn.end, kept))
             if part.start >= part.stop:
                 continue
-            classes[part] = TokenClass.REASONING
-            if turn.has_calls:
+            if not turn.has_calls:
+                classes[part] = _REASONING
+            else:
                 text, starts = self.vocabulary.spell(tokens[part])
                 cut = turn.end > kept
                 first = len(tools)

@@ -25,6 +25,8 @@ from torchtune_agent.data.conversation import Conversation, Role
 TrainOn = Literal["all", "last", "explicit"]
 History = Literal["as_served", "single"]
 
+_MAX_ENDINGS = 1000  # remembered for each template: one for every list of tools
+
 
 @dataclass(frozen=True)
 class Source:
@@ -98,6 +100,10 @@ class _Said:
     sources: list[Source]
     as_served: bool
 
+    def follows(self, other: "_Said") -> bool:
+        """Whether the context is one that continues the other turn."""
+        return self.context.startswith(other.context) and self.context.startswith(other.words, len(other.context))
+
     def place(self, message: int, start: int, left_out: tuple[str, ...], *, as_served: bool = True) -> Place:
         stop = start + len(self.words)
         return Place(message, start, stop - self.num_ending, stop, as_served and self.as_served, left_out)
@@ -113,15 +119,15 @@ class _Turns:
         self._ending = _ending(rendering)
 
     def as_served(self, chosen: Sequence[int]) -> list[Draft]:
-        drafts: list[Draft] = []
+        texts: list[tuple[_Said, list[Place]]] = []  # the last turn of each, and all of them
         for message in chosen:
             said = self._said(message)
-            if not drafts or not said.context.startswith(drafts[-1].text):
-                drafts.append(Draft(""))
-            current = drafts[-1]
-            current.text, current.tail, current.sources = said.context + said.words, said.tail, said.sources
-            current.turns.append(said.place(message, len(said.context), self._left_out(message, said.words)))
-        return drafts
+            place = said.place(message, len(said.context), self._left_out(message, said.words))
+            if texts and said.follows(texts[-1][0]):
+                texts[-1] = said, [*texts[-1][1], place]
+            else:
+                texts.append((said, [place]))
+        return [Draft(said.context + said.words, said.tail, said.sources, places) for said, places in texts]
 
     def in_one_text(self, chosen: Sequence[int]) -> Draft:
         whole = self._rendering.render()
@@ -230,11 +236,23 @@ class _Turns:
                 )
         parts = {"content": form["content"], "reasoning": form.get("reasoning_content", "")}
         words = self._marks.plain(words) if self._marks else words
-        pieces = {name: re.split("</?think>", text) for name, text in parts.items()}
-        return tuple(name for name, texts in pieces.items() if any(t.strip() not in words for t in texts))
+        return tuple(
+            name for name, text in parts.items() if any(t.strip() not in words for t in re.split("</?think>", text))
+        )
 
 
 def _ending(rendering: Rendering) -> _Ending:
+    """How the template ends with the tools and arguments of this rendering."""
+    known = rendering.template.endings
+    key = repr((rendering.tools, rendering.arguments, rendering.marks is None or rendering.marks.plane))
+    if key not in known:
+        if len(known) >= _MAX_ENDINGS:
+            known.clear()
+        known[key] = _measured_ending(rendering)
+    return known[key]
+
+
+def _measured_ending(rendering: Rendering) -> _Ending:
     """Read off a conversation of two messages with this one's tools. A template that refuses it is taken to write
     nothing where a conversation ends."""
     probe = rendering.of([{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}])

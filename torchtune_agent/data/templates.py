@@ -159,7 +159,7 @@ class ChatTemplateTokenizer(ModelTokenizer):
                     left_out=place.left_out,
                 )
             )
-        return Sample(rendering.marks.plain(text) if rendering.marks else text, encoded.tokens, turns)
+        return Sample(encoded.text, encoded.tokens, turns)
 
     def _rendering(self, conversation: Conversation, *, traced: bool = True) -> Rendering:
         return Rendering(self._template, conversation, self.template_args, traced=traced)

@@ -35,9 +35,9 @@ class Vocabulary:
 
     def spell(self, tokens: Sequence[int]) -> tuple[bytes, np.ndarray]:
         """The bytes of `tokens` joined, and where each begins (with one more entry: the end)."""
-        pieces = [self.text_of(token) for token in tokens]
+        pieces = list(map(self.text_of, tokens))
         starts = np.zeros(len(pieces) + 1, np.int64)
-        np.cumsum([len(piece) for piece in pieces], out=starts[1:])
+        np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)), out=starts[1:])
         return b"".join(pieces), starts
 
 

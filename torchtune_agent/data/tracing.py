@@ -9,6 +9,7 @@ template renders. Literals that are compared with data, and arguments of calls, 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,19 @@ class Marks:
         marked = f"{chr(plane)}-{chr(plane + _LAST)}"
         self._any = re.compile(f"[{marked}]")
         self._unmarked = re.compile(f"[^{marked}]*")
+        self.mark = lru_cache(maxsize=4096)(self._mark)
+        self.split = lru_cache(maxsize=4)(self._split)  # a sample's text is checked, then encoded
 
-    def mark(self, text: str) -> str:
+    def _mark(self, text: str) -> str:
         """White space stays plain, so that trimming and stripping do what they did."""
         return "".join(c if c.isspace() or ord(c) > _LAST else chr(self.plane + ord(c)) for c in text)
 
-    def split(self, text: str) -> tuple[str, np.ndarray]:
+    def _split(self, text: str) -> tuple[str, np.ndarray]:
         """The plain text, and True for each of its characters that was marked."""
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        marked = (codes >= self.plane) & (codes <= self.plane + _LAST)
-        plain = codes - marked.astype(np.uint32) * np.uint32(self.plane)
-        return plain.tobytes().decode("utf-32-le", "surrogatepass"), marked
+        unmarked = codes - np.uint32(self.plane)  # smaller codes wrap around to large ones
+        marked = unmarked <= _LAST
+        return np.where(marked, unmarked, codes).tobytes().decode("utf-32-le", "surrogatepass"), marked
 
     def plain(self, text: str) -> str:
         return text if text.isascii() or not self.found_in(text) else self.split(text)[0]
@@ -58,9 +61,12 @@ class Marks:
         return at + len(unmarked[0].rstrip()) if unmarked else at
 
 
+MARKS = {plane: Marks(plane) for plane in PLANES}
+
+
 def free_marks(strings: Iterable[str]) -> Marks | None:
     """Marks that none of `strings` holds, or None where characters of both planes are in use."""
-    free = [Marks(plane) for plane in PLANES]
+    free = [*MARKS.values()]
     for text in strings:
         if not text.isascii():
             free = [marks for marks in free if not marks.found_in(text)]
@@ -74,11 +80,11 @@ def strings_in(value: Any) -> Iterator[str]:
         item = stack.pop()
         if isinstance(item, str):
             yield item
-        elif isinstance(item, Mapping):
-            stack.extend(item)
-            stack.extend(item.values())
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
+        elif isinstance(item, (dict, Mapping)):  # a dictionary is known for one at once
+            stack.extend(item)
+            stack.extend(item.values())
 
 
 def mark_literals(environment: Environment, source: str, marks: Marks) -> nodes.Template:
