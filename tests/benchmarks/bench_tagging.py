@@ -1,4 +1,4 @@
-"""How fast turns are tagged: against the naive way, against tokenizing, and on 10 MB of hostile text.
+"""How fast turns are tagged: against the naive way, against tokenizing, and on 10 MB of hostile text or tiny calls.
 
     python tests/benchmarks/bench_tagging.py [--quick] [--json PATH]
 
@@ -54,6 +54,36 @@ HOSTILE: dict[str, list[tuple[bytes, bytes, bytes]]] = {
 }
 
 
+# the same for legal text: as many tiny calls, arguments or thoughts as there can be
+DENSE: dict[str, list[tuple[bytes, bytes, bytes]]] = {
+    "xml": [
+        (b"", b"<function=f><parameter=a>1</parameter></function>", b""),
+        (b"", b"<function=f></function>", b""),
+        (b"", b"<think></think>", b""),
+        (b"", b"<think></think><function=f></function>", b""),
+    ],
+    "tool_call": [
+        (b"", b'<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', b""),
+        (b"<tool_call>", b'{"name":"f"}', b"</tool_call>"),
+        (b'<tool_call>{"name":"f","arguments":{"a":1', b',"a":1', b"}}</tool_call>"),
+    ],
+    "llama3": [
+        (b"", b"<|python_tag|>f.call(a=1)\n", b""),
+        (b"", b'<|python_tag|>{"name":"f","parameters":{"a":1}}\n', b""),
+        (b"[", b'{"name":"f","parameters":{}},', b'{"name":"f","parameters":{}}]'),
+    ],
+    "mistral": [
+        (b"", b"[TOOL_CALLS]f{}", b""),
+        (b"", b'[TOOL_CALLS][{"name":"f","arguments":{"a":1}}]', b""),
+        (b"[TOOL_CALLS][", b'{"name":"f","arguments":{"a":1}},', b'{"name":"f","arguments":{}}]'),
+    ],
+    "pythonic": [(b"[", b"f(a=1), ", b"g()]"), (b"[", b"f(a=1), g(), ", b"g()]"), (b"[f(", b"1,", b"1)]")],
+    "react": [(b"", b'Action: f\nAction Input: {"a": 1}\n', b""), (b"", b"Action:f[]\n", b"")],
+    "fenced": [(b"", b"```\nx\n```\n", b""), (b"", b"```py\n```\n", b"")],
+    "auto": [(b"", b"<think></think>", b""), (b"", b'<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', b"")],
+}
+
+
 def load_tokenizer() -> tuple[Tokenizer, str]:
     path = SHARED / "models/qwen2_5/tokenizer.json"
     path = path if path.is_file() else ROOT / "torchtune_agent/toolworld/tokenizer/tokenizer.json"
@@ -95,13 +125,13 @@ def token_starts(tokenizer: Tokenizer, turn: str) -> np.ndarray:
 
 
 def seconds(rounds: int, **alternatives: Callable[[], object]) -> dict[str, list[float]]:
-    """The times of every round, the alternatives taking turns."""
+    """The processor time of every round, the alternatives taking turns: what else the machine does counts little."""
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, run in alternatives.items():
-            began = time.perf_counter()
+            began = time.process_time()
             run()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(time.process_time() - began)
     return times
 
 
@@ -132,25 +162,26 @@ def compare_speeds(rounds: int) -> dict[str, float]:
     return times
 
 
-def hostile_times(size: int, rounds: int) -> tuple[float, float]:
-    """The slowest text of all, in seconds, and the largest growth when a text is doubled."""
+def slowest_and_growth(
+    texts: dict[str, list[tuple[bytes, bytes, bytes]]], size: int, rounds: int, ways: tuple[bool, ...]
+) -> tuple[float, float]:
+    """The slowest text of all, in seconds, and the largest growth when a text is doubled, both at their fastest."""
     slowest, growth = 0.0, 0.0
-    for style, patterns in HOSTILE.items():
+    for style, patterns in texts.items():
         for beginning, repeated, end in patterns:
             text = beginning + repeated * (size // len(repeated)) + end
             twice = beginning + repeated * (2 * size // len(repeated)) + end
-            for truncated in (False, True):
+            for truncated in ways:
                 times = seconds(
                     rounds,
                     once=lambda: tag_turn(text, style=style, truncated=truncated),  # noqa: B023
                     twice=lambda: tag_turn(twice, style=style, truncated=truncated),  # noqa: B023
                 )
-                once, doubled = statistics.median(times["once"]), statistics.median(times["twice"])
-                ratio = statistics.median(b / a for a, b in zip(times["once"], times["twice"], strict=True))
-                print(f"  {style:9} {repeated!r:16} {once * 1e3:7.1f} ms, doubled x{ratio:.2f}")
+                once, doubled = min(times["once"]), min(times["twice"])
+                print(f"  {style:9} {repeated.decode()!r:56} {once * 1e3:7.1f} ms, doubled x{doubled / once:.2f}")
                 slowest = max(slowest, once)
-                if doubled > 0.05:  # below, getting the memory for the tags is most of it
-                    growth = max(growth, ratio)
+                if doubled > 0.25:  # below, getting the memory for the tags is most of it
+                    growth = max(growth, doubled / once)
     return slowest, growth
 
 
@@ -164,12 +195,16 @@ def main() -> int:
     ).stdout.strip()
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, commit {commit}")
     times = compare_speeds(7 if options.quick else 21)
-    slowest, growth = hostile_times(10_000_000, 5 if options.quick else 9)
+    rounds = 3 if options.quick else 9
+    slowest, growth = slowest_and_growth(HOSTILE, 10_000_000, rounds, (False, True))
+    slowest_dense, dense_growth = slowest_and_growth(DENSE, 10_000_000, rounds, (False,))
     results = [
         ("naive / tagging", times["naive"] / times["tag"], ">=", 50.0),
         ("tagging / tokenizing", times["tag"] / times["tokenize"], "<=", 0.15),
         ("slowest 10 MB, seconds", slowest, "<=", 1.0),
         ("largest growth when doubled", growth, "<=", 2.5),
+        ("slowest 10 MB of tiny calls", slowest_dense, "<=", 1.0),
+        ("their growth when doubled", dense_growth, "<=", 2.5),
     ]
     met = True
     for name, value, relation, target in results:

@@ -202,13 +202,25 @@ class Reads(bytes):
         Reads.seen += end - max(found, start)
         return found
 
+    def __getitem__(self, key):  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = super().__getitem__(key)
+        Reads.seen += len(found) if isinstance(found, bytes) else 1
+        return found
+
 
 @pytest.mark.parametrize(
     "pattern",
-    [b"<function=", b"</function>", b"<function=f>", b"<function=f><parameter=a>", b"<function=f></function>"],
+    [
+        b"<function=",
+        b"</function>",
+        b"<function=f>",
+        b"<function=f><parameter=a>",
+        b"<function=f></function>",
+        b"x<think></think>",
+    ],
 )
 @pytest.mark.parametrize("truncated", [False, True])
-def test_the_bytes_searched_grow_in_proportion_to_the_text(pattern, truncated):
+def test_the_bytes_looked_at_grow_in_proportion_to_the_text(pattern, truncated):
     def cost(repeats: int, tail: bytes) -> int:
         Reads.seen = 0
         tag_turn(Reads(pattern * repeats + tail), truncated=truncated)

@@ -32,6 +32,7 @@ A style of your own is a function at a dotted path, `(text: bytes, truncated: bo
 TokenClass, call)`: the spans that are not plain reasoning, with calls numbered from 0 in each turn and -1 for none.
 """
 
+from torchtune_agent.data.tagging.alike import Alike
 from torchtune_agent.data.tagging.styles import STYLES, UserStyle, call_styles
 from torchtune_agent.data.tagging.turn import THINK, THINK_END, Tags, Turn, tags_per_token
 from torchtune_agent.data.tagging.xml import CallMarkers, CallStyle
@@ -77,6 +78,8 @@ def tag_turn(
 def _tag_blocks(turn: Turn, position: int, styles: tuple[CallStyle, ...]) -> None:
     """Tag blocks and thinking from `position` on, each where it opens first."""
     size = len(turn.text)
+    alike_to = 0 if styles[0].in_words else size  # markers of the user's come alone
+    alike = Alike(turn, alike_to)
     openings = [-1] * len(styles)  # where each style's next block may begin, or the end of the text
     thought: tuple[int, int] | None = (-1, -1)
     while True:
@@ -89,16 +92,20 @@ def _tag_blocks(turn: Turn, position: int, styles: tuple[CallStyle, ...]) -> Non
         start = min(openings, default=size)
         if thought is not None and thought[0] < start:
             turn.think(*thought)
-            if turn.head == thought[0] or turn.text[turn.head : thought[0]].isspace():
-                turn.head = thought[1]
-            position = thought[1]
+            if turn.head >= 0 and turn.text[turn.head : thought[0]].strip():
+                turn.head, alike = -1, Alike(turn, alike_to)  # what follows is not read as what came before
+            position = alike.skip(thought[1])
+            if turn.head >= 0:
+                turn.head = position
         elif start < size:
             number = openings.index(start)
             end = styles[number].tag(turn, start)
             if end >= 0:
                 if len(styles) > 1:
                     styles, openings = (styles[number],), [start]
-                position = end
+                if turn.head >= 0:
+                    turn.head, alike = -1, Alike(turn, alike_to)
+                position = alike.skip(end)
             else:
                 styles, openings = styles[:number] + styles[number + 1 :], openings[:number] + openings[number + 1 :]
         else:

@@ -7,6 +7,7 @@ members are syntax. The content of a string is a value without its quotes, escap
 list is a value as a whole, brackets included. Arguments that are no object (a JSON text in a string) are one value.
 """
 
+from torchtune_agent.data.tagging.alike import Alike
 from torchtune_agent.data.tagging.json_scan import (
     Broken,
     Cut,
@@ -16,7 +17,7 @@ from torchtune_agent.data.tagging.json_scan import (
     scalar_end,
     skip_space,
 )
-from torchtune_agent.data.tagging.turn import Turn
+from torchtune_agent.data.tagging.turn import ARG_NAME, ARG_VALUE, CALL_NAME, Turn
 from torchtune_agent.data.token_class import TokenClass
 
 _NAME_KEYS = frozenset({b"name", b"function", b"tool", b"tool_name", b"action"})
@@ -35,7 +36,7 @@ def tag_json_calls(turn: Turn, position: int, stop: int, *, strict: bool = False
     position = next_byte(plain, position, stop)
     if plain[position] == _OPEN_BRACKET:
         return _tag_list(turn, position + 1, stop, strict)
-    position = tag_call(turn, position, stop, strict)
+    position, alike = tag_call(turn, position, stop, strict), Alike(turn, stop)
     while True:
         following = skip_space(plain, position, stop)
         if following < stop and plain[following] in b",;":
@@ -43,11 +44,11 @@ def tag_json_calls(turn: Turn, position: int, stop: int, *, strict: bool = False
         if following >= stop or plain[following] != _OPEN_BRACE:
             return position
         turn.begin_call(following)
-        position = tag_call(turn, following, stop, strict)
+        position = alike.skip(tag_call(turn, following, stop, strict))
 
 
 def _tag_list(turn: Turn, position: int, stop: int, strict: bool) -> int:
-    plain, first = turn.plain, True
+    plain, first, alike = turn.plain, True, Alike(turn, stop)
     while True:
         position = next_byte(plain, position, stop)
         if plain[position] == _CLOSE_BRACKET:
@@ -59,7 +60,7 @@ def _tag_list(turn: Turn, position: int, stop: int, strict: bool) -> int:
                 raise Broken
             position = next_byte(plain, position + 1, stop)
             turn.begin_call(position)
-        position, first = tag_call(turn, position, stop, strict), False
+        position, first = alike.skip(tag_call(turn, position, stop, strict)), False
 
 
 def tag_call(turn: Turn, position: int, stop: int, strict: bool = False) -> int:
@@ -73,12 +74,12 @@ def tag_call(turn: Turn, position: int, stop: int, strict: bool = False) -> int:
 
 
 def _tag_members(turn: Turn, position: int, stop: int, outermost: bool) -> tuple[int, bool, bool]:
-    plain, first, has_name, has_arguments = turn.plain, True, False, False
+    plain, alike, first, has_name, has_arguments = turn.plain, Alike(turn, stop), True, False, False
     while (member := next_member(plain, position, stop, first)) is not None:
         start, end, value = member
         key, first = turn.text[start:end], False
         if key in _NAME_KEYS and plain[value] == _QUOTE:
-            position, has_name = tag_value(turn, value, stop, TokenClass.CALL_NAME), True
+            position, has_name = tag_value(turn, value, stop, CALL_NAME), True
         elif key in _NAME_KEYS and plain[value] == _OPEN_BRACE and outermost:
             position, named, given = _tag_members(turn, value + 1, stop, outermost=False)
             has_name, has_arguments = has_name or named, has_arguments or given
@@ -87,19 +88,20 @@ def _tag_members(turn: Turn, position: int, stop: int, outermost: bool) -> tuple
             if plain[value] == _OPEN_BRACE:
                 position = tag_arguments(turn, value, stop)
             else:
-                position = tag_value(turn, value, stop, TokenClass.ARG_VALUE)
+                position = tag_value(turn, value, stop, ARG_VALUE)
         else:
             position = tag_value(turn, value, stop, TokenClass.CALL_SYNTAX)
+        position = alike.skip(position)
     return next_byte(plain, position, stop) + 1, has_name, has_arguments
 
 
 def tag_arguments(turn: Turn, position: int, stop: int) -> int:
     """Tag the object of arguments that opens at `position`; returns its end."""
-    plain, position, first = turn.plain, position + 1, True
+    plain, position, first, alike = turn.plain, position + 1, True, Alike(turn, stop)
     while (member := next_member(plain, position, stop, first)) is not None:
         start, end, value = member
-        turn.mark(start, end, TokenClass.ARG_NAME)
-        position, first = tag_value(turn, value, stop, TokenClass.ARG_VALUE), False
+        turn.mark(start, end, ARG_NAME)
+        position, first = alike.skip(tag_value(turn, value, stop, ARG_VALUE)), False
     return next_byte(plain, position, stop) + 1
 
 

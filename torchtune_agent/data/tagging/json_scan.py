@@ -34,8 +34,11 @@ def skip_space(plain: bytes, position: int, stop: int) -> int:
 
 def next_byte(plain: bytes, position: int, stop: int) -> int:
     """Like `skip_space`, where something must follow."""
-    if position < stop and plain[position] > 32:
-        return position
+    if position < stop:
+        if plain[position] > 32:
+            return position
+        if plain[position] == 32 and position + 1 < stop and plain[position + 1] > 32:
+            return position + 1
     position = _end(_SPACE, plain, position, stop)
     if position >= stop:
         raise Cut

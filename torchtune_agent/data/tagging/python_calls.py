@@ -9,9 +9,9 @@ import re
 
 import numpy as np
 
+from torchtune_agent.data.tagging.alike import Alike
 from torchtune_agent.data.tagging.json_scan import Broken, Cut, next_byte
-from torchtune_agent.data.tagging.turn import Turn
-from torchtune_agent.data.token_class import TokenClass
+from torchtune_agent.data.tagging.turn import ARG_NAME, ARG_VALUE, CALL_NAME, Turn
 
 _NAME = re.compile(rb"[A-Za-z_\x80-\xff][A-Za-z0-9_.\x80-\xff]*")
 # A run of empty strings in triple quotes counts as one string, or six quotes would be the dearest text there is.
@@ -27,7 +27,7 @@ _OPEN_PAREN, _CLOSE_PAREN, _OPEN_BRACKET, _CLOSE_BRACKET, _COMMA, _EQUALS = b"()
 
 def tag_python_calls(turn: Turn, position: int, stop: int) -> int:
     """Tag the list of calls that opens at `position`; returns its end. The block's first call is already open."""
-    plain, first = turn.plain, True
+    plain, first, alike = turn.plain, True, Alike(turn, stop)
     if plain[position] != _OPEN_BRACKET:
         raise Broken
     position = next_byte(plain, position + 1, stop)
@@ -37,7 +37,7 @@ def tag_python_calls(turn: Turn, position: int, stop: int) -> int:
         position = next_byte(plain, tag_python_call(turn, position, stop), stop)
         first = False
         if plain[position] == _COMMA:
-            position = next_byte(plain, position + 1, stop)
+            position = alike.skip(next_byte(plain, position + 1, stop))
         elif plain[position] != _CLOSE_BRACKET:
             raise Broken
     return position + 1
@@ -49,15 +49,15 @@ def tag_python_call(turn: Turn, position: int, stop: int, suffix: bytes = b"") -
     name = _NAME.match(plain, position, stop)
     if name is None or not name.group().endswith(suffix):
         raise Broken
-    turn.mark(position, name.end() - len(suffix), TokenClass.CALL_NAME)
+    turn.mark(position, name.end() - len(suffix), CALL_NAME)
     position = next_byte(plain, name.end(), stop)
     if plain[position] != _OPEN_PAREN:
         raise Broken
-    position = next_byte(plain, position + 1, stop)
+    position, alike = next_byte(plain, position + 1, stop), Alike(turn, stop)
     while plain[position] != _CLOSE_PAREN:
         position = next_byte(plain, _tag_argument(turn, position, stop), stop)
         if plain[position] == _COMMA:
-            position = next_byte(plain, position + 1, stop)
+            position = alike.skip(next_byte(plain, position + 1, stop))
         elif plain[position] != _CLOSE_PAREN:
             raise Broken
     return position + 1
@@ -70,21 +70,21 @@ def _tag_argument(turn: Turn, position: int, stop: int) -> int:
         try:
             equals = next_byte(plain, keyword.end(), stop)
         except Cut:
-            turn.mark(position, keyword.end(), TokenClass.ARG_NAME)
+            turn.mark(position, keyword.end(), ARG_NAME)
             raise
         if plain[equals] == _EQUALS and plain[equals + 1 : equals + 2] != b"=":
-            turn.mark(position, keyword.end(), TokenClass.ARG_NAME)
+            turn.mark(position, keyword.end(), ARG_NAME)
             position = next_byte(plain, equals + 1, stop)
     if plain[position] in b"\"'":
         size, end = _string(plain, position, stop)
         if end < 0:
-            turn.mark(min(position + size, stop), stop, TokenClass.ARG_VALUE)
+            turn.mark(min(position + size, stop), stop, ARG_VALUE)
             raise Cut
         following = end + size
         while following < stop and plain[following] <= 32:
             following += 1
         if following >= stop or plain[following] in b",)":
-            turn.mark(position + size, end, TokenClass.ARG_VALUE)
+            turn.mark(position + size, end, ARG_VALUE)
             return following
     return _tag_expression(turn, position, stop)
 
@@ -95,9 +95,9 @@ def _tag_expression(turn: Turn, start: int, stop: int) -> int:
     if end == start:
         raise Broken
     if end < 0:
-        turn.mark(start, stop, TokenClass.ARG_VALUE)
+        turn.mark(start, stop, ARG_VALUE)
         raise Cut
-    turn.mark(start, start + len(turn.text[start:end].rstrip()), TokenClass.ARG_VALUE)
+    turn.mark(start, start + len(turn.text[start:end].rstrip()), ARG_VALUE)
     return end
 
 

@@ -9,7 +9,7 @@ from torchtune_agent.data.tagging.json_calls import tag_arguments, tag_json_call
 from torchtune_agent.data.tagging.json_scan import Broken, Cut, skip_space
 from torchtune_agent.data.tagging.python_calls import tag_python_call, tag_python_calls
 from torchtune_agent.data.tagging.text_calls import FENCED, NAMED_FENCED, REACT
-from torchtune_agent.data.tagging.turn import Turn
+from torchtune_agent.data.tagging.turn import ARG_VALUE, CALL_NAME, Turn
 from torchtune_agent.data.tagging.xml import FUNCTION, CallMarkers, CallStyle, between_markers, tag_functions
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.errors import UserError
@@ -65,7 +65,7 @@ def _tag_after_python_tag(turn: Turn, start: int) -> int:
         return turn.end_block(stop)
     except Broken:
         turn.restore(state)  # code: one value
-    turn.mark(first, max(first, len(text.rstrip())), TokenClass.ARG_VALUE)
+    turn.mark(first, max(first, len(text.rstrip())), ARG_VALUE)
     return turn.end_block(stop)
 
 
@@ -88,7 +88,7 @@ def _tag_named_arguments(turn: Turn, start: int) -> int:
     brace = brace if brace >= 0 else stop
     name_end = text.find(b"[", start, brace)
     name_end = name_end if name_end >= 0 else brace
-    turn.mark(start, max(start, start + len(text[start:name_end].rstrip())), TokenClass.CALL_NAME)
+    turn.mark(start, max(start, start + len(text[start:name_end].rstrip())), CALL_NAME)
     if brace == stop:
         raise Cut
     return tag_arguments(turn, brace, stop)
@@ -135,7 +135,7 @@ def call_styles(style: str, markers: CallMarkers | None) -> tuple[CallStyle, ...
     if style == "custom":
         if markers is None:
             raise UserError("style='custom': give the texts that open and close a call as markers.")
-        return (between_markers(markers, partial(_tag_content, otherwise=TokenClass.ARG_VALUE)),)
+        return (between_markers(markers, partial(_tag_content, otherwise=ARG_VALUE)),)
     if style == "xml" and markers is not None:
         return (between_markers(markers),)
     if markers is not None:

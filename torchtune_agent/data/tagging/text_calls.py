@@ -11,11 +11,11 @@ closes. The lines between are one value: the command. Fences of other languages 
 import re
 from functools import partial
 
+from torchtune_agent.data.tagging.alike import Alike
 from torchtune_agent.data.tagging.json_calls import tag_arguments
 from torchtune_agent.data.tagging.json_scan import Broken, Cut
-from torchtune_agent.data.tagging.turn import Turn
+from torchtune_agent.data.tagging.turn import ARG_VALUE, CALL_NAME, Turn
 from torchtune_agent.data.tagging.xml import CallStyle
-from torchtune_agent.data.token_class import TokenClass
 
 _ACTION = b"Action:"
 _INPUT = b"Action Input:"
@@ -33,8 +33,8 @@ def find_line(text: bytes, label: bytes, position: int) -> int:
 
 
 def _find_action(turn: Turn, position: int) -> int:
-    text = turn.text
-    while (start := find_line(text, _ACTION, position)) >= 0:
+    text, alike = turn.text, Alike(turn, len(turn.text))
+    while (start := find_line(text, _ACTION, alike.skip(position))) >= 0:
         position = start + len(_ACTION)
         end = text.find(b"\n", position)
         line = text[position : end if end >= 0 else len(text)].strip()
@@ -62,10 +62,10 @@ def _tag_action(turn: Turn, start: int) -> int:
     bracket = text.find(b"[", name, name_end)
     if bracket > name and not has_input:
         closed = text[name_end - 1 : name_end] == b"]"
-        turn.mark(name, name + len(text[name:bracket].rstrip()), TokenClass.CALL_NAME)
-        turn.mark(bracket + 1, name_end - closed, TokenClass.ARG_VALUE)
+        turn.mark(name, name + len(text[name:bracket].rstrip()), CALL_NAME)
+        turn.mark(bracket + 1, name_end - closed, ARG_VALUE)
         return turn.end_block(name_end if closed else len(text))
-    turn.mark(name, name_end, TokenClass.CALL_NAME)
+    turn.mark(name, name_end, CALL_NAME)
     if not has_input:  # cut before the input
         return turn.end_block(len(text))
     position = line_end + 1 + len(_INPUT)
@@ -88,7 +88,7 @@ def _tag_input(turn: Turn, start: int, stop: int, is_cut: bool) -> None:
         except Broken:
             pass
         turn.restore(state)
-    turn.mark(start, stop, TokenClass.ARG_VALUE)
+    turn.mark(start, stop, ARG_VALUE)
 
 
 def _stripped(text: bytes, start: int, stop: int) -> tuple[int, int]:
@@ -99,8 +99,8 @@ def _stripped(text: bytes, start: int, stop: int) -> tuple[int, int]:
 
 
 def _find_fence(turn: Turn, position: int, shells: frozenset[bytes]) -> int:
-    text = turn.text
-    while (start := find_line(text, _FENCE, position)) >= 0:
+    text, alike = turn.text, Alike(turn, len(turn.text))
+    while (start := find_line(text, _FENCE, alike.skip(position))) >= 0:
         line_end = text.find(b"\n", start)
         info = text[start + len(_FENCE) : line_end if line_end >= 0 else len(text)].strip()
         if info in shells and (line_end >= 0 or turn.truncated):
@@ -124,7 +124,7 @@ def _tag_fence(turn: Turn, start: int) -> int:
     if line_end < 0:
         return turn.end_block(len(text))
     value_end = closing if closing >= 0 else len(text)
-    turn.mark(min(line_end + 1, value_end), value_end, TokenClass.ARG_VALUE)
+    turn.mark(min(line_end + 1, value_end), value_end, ARG_VALUE)
     return turn.end_block(closing + 1 + len(_FENCE) if closing >= 0 else len(text))
 
 

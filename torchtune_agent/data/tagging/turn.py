@@ -4,16 +4,22 @@ A call style walks forward through the bytes and says where the class changes; n
 end, when the changes are spread over the text in one go. That keeps a short turn cheap and a long one linear.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
 from torchtune_agent.data.token_class import TokenClass
 
 THINK, THINK_END = b"<think>", b"</think>"
-_REASONING = int(TokenClass.REASONING)  # plain numbers: looking up a member costs as much as marking a span
-_SYNTAX = int(TokenClass.CALL_SYNTAX)
+# Names of their own, because looking up a member takes longer than marking a span.
+CALL_NAME, ARG_NAME, ARG_VALUE = TokenClass.CALL_NAME, TokenClass.ARG_NAME, TokenClass.ARG_VALUE
+_REASONING, _THINK, _SYNTAX = TokenClass.REASONING, TokenClass.THINK, TokenClass.CALL_SYNTAX
+_ZERO, _PLAIN, _NO_CALL = array("q", (0,)), bytearray((_REASONING,)), array("i", (-1,))
+
+State: TypeAlias = tuple[int, int, int]  # how many changes, how many changes of the call, the number of the next call
 
 
 @dataclass
@@ -32,11 +38,11 @@ class Turn:
     text: bytes
     truncated: bool
     next_call: int
-    head: int = 0  # nothing but white space and thinking stands before it
-    positions: list[int] = field(default_factory=lambda: [0])
-    kinds: bytearray = field(default_factory=lambda: bytearray([TokenClass.REASONING]))
-    call_positions: list[int] = field(default_factory=lambda: [0])
-    call_numbers: list[int] = field(default_factory=lambda: [-1])
+    head: int = 0  # nothing but white space and thinking stands before it; -1 behind the first of anything else
+    positions: "array[int]" = field(default_factory=_ZERO.__copy__)
+    kinds: bytearray = field(default_factory=_PLAIN.copy)
+    call_positions: "array[int]" = field(default_factory=_ZERO.__copy__)
+    call_numbers: "array[int]" = field(default_factory=_NO_CALL.__copy__)
 
     @cached_property
     def plain(self) -> bytes:
@@ -58,7 +64,8 @@ class Turn:
 
     def mark(self, start: int, stop: int, kind: TokenClass) -> None:
         """text[start:stop], inside a block, is of `kind`; what follows is syntax until told otherwise."""
-        self.positions += (start, stop)
+        self.positions.append(start)
+        self.positions.append(stop)
         self.kinds.append(kind)
         self.kinds.append(_SYNTAX)
 
@@ -70,14 +77,15 @@ class Turn:
         return position
 
     def think(self, start: int, stop: int) -> None:
-        self.positions += (start, stop)
-        self.kinds.append(TokenClass.THINK)
+        self.positions.append(start)
+        self.positions.append(stop)
+        self.kinds.append(_THINK)
         self.kinds.append(_REASONING)
 
-    def state(self) -> tuple[int, int, int]:
+    def state(self) -> State:
         return len(self.positions), len(self.call_positions), self.next_call
 
-    def restore(self, state: tuple[int, int, int]) -> None:
+    def restore(self, state: State) -> None:
         """Forget what was found since `state` was taken: it was no call after all."""
         num_changes, num_call_changes, self.next_call = state
         del self.positions[num_changes:], self.kinds[num_changes:]
@@ -88,12 +96,12 @@ class Turn:
         if len(self.positions) == 1:
             return Tags(np.full(size, TokenClass.REASONING, np.uint8), np.full(size, -1, np.int32))
         kinds = np.frombuffer(bytes(self.kinds), np.uint8)
-        numbers = np.array(self.call_numbers, np.int32)
+        numbers = np.frombuffer(self.call_numbers, np.int32)
         return Tags(_spread(kinds, self.positions, size), _spread(numbers, self.call_positions, size))
 
 
-def _spread(values: np.ndarray, positions: list[int], size: int) -> np.ndarray:
-    edges = np.array([*positions, size], np.int64)
+def _spread(values: np.ndarray, positions: "array[int]", size: int) -> np.ndarray:
+    edges = np.frombuffer(positions + array("q", (size,)), np.int64)
     return np.repeat(values, edges[1:] - edges[:-1])
 
 
