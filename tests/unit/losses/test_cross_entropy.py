@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.gemma2 import gemma2
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.modules import TransformerDecoder
@@ -12,10 +13,12 @@ from torchtune.modules.peft import disable_adapter, get_adapter_params, set_trai
 
 from tests.reference import IGNORE_INDEX, class_means
 from torchtune_agent.data import Batch, Collator, TokenClass
+from torchtune_agent.data.joined import SampleInfo
 from torchtune_agent.errors import UserError
 from torchtune_agent.losses import CrossEntropy, token_logprobs
 from torchtune_agent.losses.output import check_output
 from torchtune_agent.metrics import COLUMNS, DetailedMetricsTracker
+from torchtune_agent.metrics.detail import Detail
 from torchtune_agent.metrics.sums import Sums
 
 VOCAB = 61
@@ -228,3 +231,44 @@ def test_a_batch_without_labels_has_zero_loss_and_zero_gradients(rows, pack_to):
     assert output.loss_sum.item() == 0 and CrossEntropy().num_targets(batch) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     assert output.tokens is not None and len(output.tokens) == 0
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a value, or a size that depends on values."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        masks = name in ("index", "index_put", "index_put_") and any(
+            one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
+        )
+        if name in self.OPS or masks:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_never_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a packed one, whose mask is made on the host of lengths that never leave it."""
+    model = tiny_model()
+    batch = Collator(0)([[s] for s in SAMPLES])
+    batch.info = lambda: [SampleInfo(str(i), "", ()) for i in range(len(SAMPLES))]
+    sums, detail = Sums.empty(), Detail(["tool", "source"])
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, None)  # calling one would fail
+    with HostReads() as reads:
+        output = CrossEntropy()(model, batch, with_statistics=True)
+        (output.loss_sum * 0.5).backward()
+        assert output.tokens is not None
+        sums.add(output.loss_sum.detach(), output.tokens, batch)
+        detail.add(output.tokens, batch, step=1)
+    monkeypatch.undo()
+    assert reads.found == []
+    with HostReads() as reads:
+        sums.loss.item()
+        output.tokens[output.tokens[:, 0] > 0]
+    assert reads.found == ["_local_scalar_dense", "index"], "this is how they would be seen"
