@@ -93,6 +93,8 @@ class DetailedMetricsTracker:
             if name in metrics and group != "overall" and total:
                 share = float(sums.weighted[list(classes)].sum()) / total
                 metrics[metric_name(split, group, "loss_share", self._style)] = share
+        if "tool_call" not in self._groups:
+            return metrics
         calls = dict(zip(CALL_SUMS, sums.calls.tolist(), strict=True))
         if calls["calls"]:
             metrics[metric_name(split, "tool_call", "num_calls", self._style)] = calls["calls"]

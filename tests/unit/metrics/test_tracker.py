@@ -103,8 +103,10 @@ def test_shares_of_the_loss_and_of_exact_calls_are_named():
 
 
 def test_without_calls_there_are_no_shares_of_them():
-    named = DetailedMetricsTracker().name("val", Sums.empty())
-    assert named == {}
+    assert DetailedMetricsTracker().name("val", Sums.empty()) == {}
+    sums = Sums.empty()
+    sums.calls[:] = 1
+    assert DetailedMetricsTracker(enable_token_classification=False).name("val", sums) == {}
 
 
 def test_perplexity_is_that_of_the_classs_own_tokens_and_capped():
