@@ -10,11 +10,12 @@ Qwen2.5, 4,096 tokens (the naive way then takes about 12 GB; --tokens makes all 
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ class Case:
     hidden: int
     vocabulary: int
     tokens: int
-    with_slow: bool  # torch's own fused loss, which on a CPU takes many times as long as anything else
-    share: float = 1.0  # of the tokens that are supervised
+    share: float  # of the tokens that are supervised
     chunk: int = 2048  # rows of ours
 
 
@@ -114,6 +114,7 @@ def matrix_products(x: Inputs) -> torch.Tensor:
 
 
 Contestant = Callable[[Inputs], torch.Tensor]
+SLOW = "torch fused, slow"  # on a CPU it takes five times as long as the plain way: one round is enough
 JUDGED = ("ours", "torchtune chunked", "naive with metrics")  # by their memory, on a CPU
 
 
@@ -137,8 +138,8 @@ def contestants(case: Case) -> dict[str, Contestant]:
         else:
             liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
             found["liger"] = lambda x: liger(x.weight, x.hidden[0], x.masked[0])
-    elif case.with_slow and hasattr(F, "linear_cross_entropy"):
-        found["torch fused"] = torch_fused
+    elif case.vocabulary > 100_000 and hasattr(F, "linear_cross_entropy"):
+        found[SLOW] = torch_fused
     return found
 
 
@@ -149,9 +150,12 @@ def resident() -> int:
 
 def peak_of(name: str, case: Case) -> int:
     """Bytes the contestant takes at most beyond its inputs; this process must be a fresh one."""
-    inputs, run = Inputs(case), contestants(case)[name]
+    run = contestants(case)[name]
+    tiny = Inputs(case if case.device == "cuda" else replace(case, tokens=64, vocabulary=256))
+    tiny.finish(run(tiny))  # what compiling takes does not count, nor does the code of libraries
+    del tiny
+    inputs = Inputs(case)
     if case.device == "cuda":
-        inputs.finish(run(inputs))  # what compiling takes does not count
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         inputs.finish(run(inputs))
@@ -165,19 +169,31 @@ def peak_of(name: str, case: Case) -> int:
 
 def peaks(case: Case, names: list[str]) -> dict[str, int]:
     found = {}
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back, and does not count again
     for name in names:
         command = [sys.executable, __file__, "--peak-of", name, "--case", json.dumps(asdict(case))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         if done.returncode != 0:
             raise RuntimeError(done.stderr)
         found[name] = int(done.stdout.splitlines()[-1])
     return found
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is compared where. In earnest all three are one; the quick ones are too small for the other questions."""
+
+    metrics: Case  # with metrics against without: a difference of a percent needs many rounds
+    times: Case  # against the others: needs enough tokens, as every way makes the gradient of the whole weight
+    memory: Case
+    rounds: int
+
+
 @dataclass
 class Table:
-    """What was measured of one case."""
+    """What was measured where one share of the tokens is supervised."""
 
+    metrics: turns.Times
     times: turns.Times
     memory: dict[str, int]
 
@@ -185,26 +201,32 @@ class Table:
         return self.memory[one] / self.memory[other]
 
 
-def measure(case: Case, rounds: int, in_memory: Case) -> Table:
-    """Times of `case`, and peaks of `in_memory`."""
+def take_turns(case: Case, names: Collection[str], rounds: int, *, warm_up: bool = True) -> turns.Times:
     inputs, runs = Inputs(case), contestants(case)
-    slow = runs.pop("torch fused", None) if case.device == "cpu" else None
-    times = turns.seconds({name: lambda run=run: inputs.finish(run(inputs)) for name, run in runs.items()}, rounds)
-    if slow is not None:
-        times |= turns.seconds({"torch fused": lambda: inputs.finish(slow(inputs))}, 1, warm_up=False)
-    memory = peaks(in_memory, list(times) if case == in_memory else [n for n in JUDGED if n in times])
-    print(f"\ntime: {case}\nmemory: {in_memory}")
+    return turns.seconds(
+        {name: lambda run=runs[name]: inputs.finish(run(inputs)) for name in names}, rounds, warm_up=warm_up
+    )
+
+
+def measure(plan: Plan) -> Table:
+    names = contestants(plan.times).keys() - {SLOW}
+    metrics = take_turns(plan.metrics, [name for name in names if name.startswith("ours")], max(9, plan.rounds))
+    times = take_turns(plan.times, sorted(names), plan.rounds)
+    if SLOW in contestants(plan.times):
+        times |= take_turns(plan.times, [SLOW], 1, warm_up=False)
+    memory = peaks(plan.memory, [name for name in times if name in JUDGED or plan.memory == plan.times])
+    print(f"\ntime: {plan.times}\nmemory: {plan.memory}")
     for name, own in times.items():
         peak = f"{memory[name] / 1e9:8.2f} GB" if name in memory else ""
         print(f"  {name:26} {statistics.median(own):8.3f} s {peak}")
-    return Table(times, memory)
+    return Table(metrics, times, memory)
 
 
 def cpu_results(tables: dict[float, Table]) -> list[turns.Result]:
     some = tables[0.3]
     return [
         *(
-            (f"metrics on / off, time, {share:.0%}", turns.ratio(table.times, "ours", "ours, no metrics"), 1.02)
+            (f"metrics on / off, time, {share:.0%}", turns.ratio(table.metrics, "ours", "ours, no metrics"), 1.02)
             for share, table in tables.items()
         ),
         ("ours / torchtune chunked, time", turns.ratio(some.times, "ours", "torchtune chunked"), 0.30),
@@ -218,17 +240,32 @@ def gpu_results(tables: dict[float, Table]) -> list[turns.Result]:
     whole, best = tables[1.0], "ours compiled"
     peers = [name for name in whole.times if not name.startswith("ours") and name != "matrix products"]
     return [
-        ("metrics on / off, time", turns.ratio(whole.times, best, "ours compiled, no metrics"), 1.03),
+        ("metrics on / off, time", turns.ratio(whole.metrics, best, "ours compiled, no metrics"), 1.03),
         ("ours / matrix products, time", turns.ratio(whole.times, best, "matrix products"), 1.4),
         *((f"ours / {peer}, memory", whole.memory_ratio(best, peer), 1.0) for peer in peers),
     ]
+
+
+def plan_for(options: argparse.Namespace, share: float) -> Plan:
+    if torch.cuda.is_available():
+        case = Case("cuda", "bfloat16", 3584, 151_936, options.tokens or 8192, share)
+    else:
+        case = Case("cpu", "float32", 896, 151_936, options.tokens or 4096, share)
+        if options.quick:
+            return Plan(
+                metrics=replace(case, vocabulary=65_536, tokens=256),
+                times=replace(case, vocabulary=16_384, tokens=2048),
+                memory=replace(case, vocabulary=32_768, chunk=615),  # chunks as in earnest, where they are limited
+                rounds=options.rounds or 2,
+            )
+    return Plan(case, case, case, options.rounds or (21 if case.device == "cuda" else 5))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller, within a minute on a CPU")
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -236,23 +273,13 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_of:
+        torch.set_num_threads(2)
         print(peak_of(options.peak_of, Case(**json.loads(options.case))))
         return 0
     print(turns.hardware())
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        case = Case("cuda", "bfloat16", 3584, 151_936, options.tokens or 8192, with_slow=True)
-    elif options.quick:
-        case = Case("cpu", "float32", 896, 32_768, options.tokens or 512, with_slow=False)
-    else:
-        case = Case("cpu", "float32", 896, 151_936, options.tokens or 4096, with_slow=True)
     shares = (0.3,) if options.quick and not on_gpu else (0.3, 1.0)
-    in_memory = case
-    if options.quick and not on_gpu:  # the same tokens and chunks as in earnest: the vocabulary changes no ratio
-        in_memory = replace(case, vocabulary=16_384, tokens=4096, chunk=615)
-    tables = {
-        share: measure(replace(case, share=share), options.rounds, replace(in_memory, share=share)) for share in shares
-    }
+    tables = {share: measure(plan_for(options, share)) for share in shares}
     results = (gpu_results if on_gpu else cpu_results)(tables)
     return turns.report(results, options.json, {share: asdict(table) for share, table in tables.items()})
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 NUM_LARGEST = 10
 _BLOCK = 128
@@ -132,12 +133,15 @@ def _block_maxima(logits: torch.Tensor) -> torch.Tensor:
 
 def _largest(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
     """The largest logits of every row. A block that is not among the ten with the largest maxima holds none of them."""
-    num_columns = logits.shape[1]
-    blocks = maxima.topk(min(NUM_LARGEST, maxima.shape[1]), sorted=False).indices
-    columns = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
-    candidates = logits.gather(1, columns.clamp(max=num_columns - 1))
-    candidates = candidates.masked_fill(columns >= num_columns, -torch.inf)
-    return candidates.topk(NUM_LARGEST).values
+    num_blocks = logits.shape[1] // _BLOCK
+    candidates = logits[:, num_blocks * _BLOCK :]
+    if num_blocks:
+        blocks = logits[:, : num_blocks * _BLOCK].unflatten(1, (num_blocks, _BLOCK))
+        promising = maxima[:, :num_blocks].topk(min(NUM_LARGEST, num_blocks), sorted=False).indices
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        candidates = torch.cat([blocks[rows, promising].flatten(1), candidates], 1)
+    missing = max(0, NUM_LARGEST - candidates.shape[1])
+    return functional.pad(candidates, (0, missing), value=-torch.inf).topk(NUM_LARGEST).values
 
 
 def _best(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
