@@ -52,7 +52,7 @@ PICTURE_GROUPS = ("reasoning", "think", "call_syntax", "call_name", "arg_name", 
 
 # Of the run as a whole
 _OF_THE_RUN = {"val_loss"}  # the loss of all trained tokens, end-of-turn tokens included: of no class
-_RUN_METRICS: dict[str, Kind] = {
+RUN_METRICS: dict[str, Kind] = {
     "loss": Kind("Loss of all trained tokens", "nats a token"),
     "grad_norm": Kind("Gradient norm"),
     "lr": Kind("Learning rate"),
@@ -81,8 +81,8 @@ def run_charts(names: Iterable[str]) -> list[Chart]:
     """The charts of everything else: training and validation loss together, then one for each name."""
     left = {name for name in names if read_name(name) is None or name in _OF_THE_RUN}
     charts = []
-    for metric in [*_RUN_METRICS, *sorted(left - set(_RUN_METRICS) - _OF_THE_RUN)]:
-        chart = Chart(metric, _RUN_METRICS.get(metric) or _untitled(metric))
+    for metric in [*RUN_METRICS, *sorted(left - set(RUN_METRICS) - _OF_THE_RUN)]:
+        chart = Chart(metric, RUN_METRICS.get(metric) or _untitled(metric))
         chart.names = {(split, "overall"): name for split, name in _splits(metric).items() if name in left}
         if chart.names:
             charts.append(chart)
