@@ -27,7 +27,7 @@ def prepare(
         parallelize_module(
             training.prepare_mha_for_tp(model, world.mesh["tp"]), world.mesh["tp"], parallelize_plan=plan
         )
-    _checkpoint_activations(model, settings)
+    checkpoint_activations(model, settings)
     training.shard_model(
         model,  # pyright: ignore
         [partial(training.get_shard_conditions, names_to_match=settings.custom_sharded_layers)],
@@ -49,7 +49,8 @@ def prepare(
     training.validate_no_params_on_meta_device(model)
 
 
-def _checkpoint_activations(model: TransformerDecoder, settings: Settings) -> None:
+def checkpoint_activations(model: TransformerDecoder, settings: Settings) -> None:
+    """Have activations made again in the backward pass, as the config says."""
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     elif settings.ac_mode is not None:

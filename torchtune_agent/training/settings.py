@@ -91,8 +91,10 @@ class Settings(BaseModel):
     cudnn_deterministic_mode: int | str | None = None
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> "Settings":
-        """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused."""
+    def from_config(cls, cfg: DictConfig, *, for_this_machine: bool = True) -> "Settings":
+        """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused.
+
+        A config for another machine may name a device that is not here."""
         check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS)
         values = resolved(cfg)
         for key in ("output_dir", *_REQUIRED_COMPONENTS):
@@ -102,7 +104,8 @@ class Settings(BaseModel):
                 )
         settings = checked(cls, {key: value for key, value in values.items() if key not in COMPONENT_KEYS})
         settings._check_ranges()
-        settings._check_device()
+        if for_this_machine:
+            settings._check_device()
         settings._check_together(cfg)
         return settings
 
