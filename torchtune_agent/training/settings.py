@@ -31,6 +31,7 @@ COMPONENT_KEYS = {
     "profiler",
     "tensor_parallel_plan",
 }
+OTHER_SECTIONS = {"check"}  # read by agent_data_check: one file serves both
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
 
 
@@ -93,14 +94,15 @@ class Settings(BaseModel):
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":
         """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused."""
-        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS)
+        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS | OTHER_SECTIONS)
         values = resolved(cfg)
         for key in ("output_dir", *_REQUIRED_COMPONENTS):
             if values.get(key) is None:
                 raise UserError(
                     f"{key}: not given. Every training config needs it; `tune cat tiny/agent_sft` shows one."
                 )
-        settings = checked(cls, {key: value for key, value in values.items() if key not in COMPONENT_KEYS})
+        elsewhere = COMPONENT_KEYS | OTHER_SECTIONS
+        settings = checked(cls, {key: value for key, value in values.items() if key not in elsewhere})
         settings._check_ranges()
         settings._check_device()
         settings._check_together(cfg)
