@@ -16,6 +16,7 @@ from torchtune_agent.config import instantiate
 from torchtune_agent.data import AgentSFTDataset
 from torchtune_agent.toolworld import TOKENIZER_DIR
 from torchtune_agent.training import FullParameters, Settings
+from torchtune_agent.training.data_check import CheckSettings
 
 NAMES = sorted({name for names in RECIPES.values() for name in names})
 SHARDS = 32
@@ -89,3 +90,11 @@ def test_settings_and_model_fit_together(config: DictConfig) -> None:
     assert config.tokenizer.max_seq_len <= model.max_seq_len
     modules = dict(model.named_modules())
     assert all(layer in modules for layer in settings.custom_sharded_layers or ())
+
+
+def test_one_file_serves_training_and_the_data_check() -> None:
+    config = OmegaConf.load(config_path("tiny/agent_sft"))
+    assert isinstance(config, DictConfig)
+    config.check = {"num_samples": 3}
+    assert CheckSettings.from_config(config).check.num_samples == 3
+    assert Settings.from_config(config).batch_size == config.batch_size

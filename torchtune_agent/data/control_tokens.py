@@ -9,7 +9,7 @@ prompts repeat from record to record, and all of a conversation from sample to s
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, cached_property
 from typing import Literal
 
@@ -109,6 +109,18 @@ class ControlTokens:
     def specials(self, marks: Marks | None) -> list[str]:
         """The special tokens, marked as the template writes them, the longest first."""
         return self._special[marks.plane if marks else None]
+
+    def spelled_in(self, text: str) -> list[str]:
+        """The control tokens that a plain text spells."""
+        return [m[0].strip() for m in self._spelled.finditer(text)]
+
+    def not_special(self) -> frozenset[str]:
+        """Those that tokenizer.json does not call special."""
+        return frozenset(token.content.strip() for token in self._added if not token.special)
+
+    def replaced(self, text: str, tokens: Collection[str], by: Callable[[str], str]) -> str:
+        """A plain text with those of `tokens` that it spells replaced."""
+        return self._spelled.sub(lambda m: by(m[0]) if m[0].strip() in tokens else m[0], text)
 
     def encode(self, text: str, marks: Marks | None, data: Sequence[str], spelled: Spelled = "text") -> EncodedText:
         """Encode a rendered text; without `marks`, data that spells a control token is always refused.

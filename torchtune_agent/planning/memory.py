@@ -28,6 +28,9 @@ from torchtune_agent.training.settings import Settings
 CONTEXT_BYTES = 1.5e9
 FRAGMENTATION = 0.05
 
+# Trained tokens of a sequence whose logits are really gone through; beyond these, every chunk is like the one before.
+_MOST_TRAINED = 2048
+
 Build = Callable[[], TransformerDecoder]  # the model on the meta device, as the recipe builds it
 
 
@@ -83,17 +86,14 @@ def _bytes(module: nn.Module, *, only_trained: bool = False) -> int:
 
 
 def memory_of(
-    build: Build,
-    objective: Objective,
+    sizes: Sizes,
     settings: Settings,
     *,
     optimizer_ratio: float,
     num_gpus: int,
-    sequence: int,
-    share_trained: float,
+    activations: float,
 ) -> Memory:
-    """Of one step; `optimizer_ratio`: see `optimizer_state_ratio`; `share_trained`: of the tokens, have a label."""
-    sizes = Sizes.of(build())
+    """Of one step; for `optimizer_ratio` and `activations` see the functions of these names."""
     dp = max(1, num_gpus // settings.tensor_parallel_dim)
     on_gpu = 0.0 if settings.fsdp_cpu_offload else 1.0
     in_backward = sizes.largest_trained_layer if settings.optimizer_in_bwd else sizes.trained
@@ -105,16 +105,17 @@ def memory_of(
         gradients=on_gpu * in_backward / num_gpus,
         optimizer=on_gpu * sizes.trained * optimizer_ratio / num_gpus,
         gathered=gathered / settings.tensor_parallel_dim if dp > 1 or settings.fsdp_cpu_offload else 0.0,
-        activations=_activations(build, objective, settings, sequence, share_trained),
+        activations=activations,
     )
 
 
-def optimizer_state_ratio(cfg: DictConfig | Mapping[str, Any], dtype: torch.dtype) -> float:
+def optimizer_ratio(cfg: DictConfig | Mapping[str, Any], dtype: torch.dtype) -> float:
     """Bytes an optimizer keeps for each byte of weights: those of a small weight after a step."""
     weight = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     optimizer = instantiate(cfg, "optimizer", [weight])
-    optimizer.step()
+    with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile their step
+        optimizer.step()
     kept = [t for t in tree_leaves(dict(optimizer.state[weight])) if isinstance(t, torch.Tensor)]
     return sum(map(_stored_bytes, kept)) / _stored_bytes(weight)
 
@@ -126,9 +127,8 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _activations(
-    build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float
-) -> float:
+def activations(build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float) -> float:
+    """Bytes of everything that lives for a part of a step; what memory_of calls activations."""
     unit = settings.ac_option or 1 if settings.ac_mode == "selective" else 1
     num_layers = len(build().layers)
     if num_layers <= 3 * unit:
@@ -144,7 +144,9 @@ def _peak(
     model = build()
     model.layers = nn.ModuleList(list(model.layers)[:num_layers])
     checkpoint_activations(model, settings)
-    batch = _batch(settings.batch_size, sequence, round(sequence * share_trained))
+    rows = round(sequence * share_trained)
+    some = min(rows, _MOST_TRAINED)
+    batch = _batch(settings.batch_size, sequence, some)
     with FakeTensorMode() as fake:
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         for module in model.modules():
@@ -156,7 +158,9 @@ def _peak(
         contents = {k: fake.from_tensor(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
         with _Living([*model.parameters(), *model.buffers()]) as living:
             objective(model, replace(batch, **contents), with_statistics=True).loss_sum.backward()
-    return living.peak
+    embedding = model.tok_embeddings.weight
+    later = settings.batch_size * (rows - some) * embedding.shape[1] * embedding.element_size()
+    return living.peak + 2 * later  # what comes in and its gradient
 
 
 def _batch(rows: int, sequence: int, num_trained: int) -> Batch:

@@ -5,7 +5,7 @@ where they are not, the plan says so and goes on with `plan.sequence`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,15 @@ from torchtune_agent.data.packing import pack
 from torchtune_agent.distributed import rank_from_environment
 from torchtune_agent.errors import UserError, did_you_mean
 from torchtune_agent.planning.gpus import GPUS, Gpu
-from torchtune_agent.planning.memory import CONTEXT_BYTES, FRAGMENTATION, Memory, Sizes, memory_of, optimizer_state_ratio
+from torchtune_agent.planning.memory import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    Memory,
+    Sizes,
+    activations,
+    memory_of,
+    optimizer_ratio,
+)
 from torchtune_agent.training.parameters import FullParameters
 from torchtune_agent.training.run import say_mistake
 from torchtune_agent.training.settings import Settings, checked
@@ -64,20 +72,26 @@ class Case:
     gpu: Gpu
     sequence: int
     share_trained: float
+    sizes: Sizes
+    _activations: dict[tuple[int, bool], float] = field(default_factory=dict)  # those reckoned so far
 
     def memory(self, **changes: Any) -> Memory:
         """As configured, or with other `settings`, another `optimizer` or other `num_gpus`."""
         num_gpus = changes.pop("num_gpus", self.options.num_gpus)
         optimizer = changes.pop("optimizer", self.cfg.optimizer)
         settings = self.settings.model_copy(update=changes)
+        ratio = optimizer_ratio(optimizer, settings.torch_dtype)
+        alike = (settings.batch_size, settings.enable_activation_checkpointing)
+        if alike not in self._activations:
+            self._activations[alike] = activations(
+                lambda: FullParameters().build(self.cfg, settings),
+                cross_entropy(self.cfg, settings),
+                settings,
+                self.sequence,
+                self.share_trained,
+            )
         return memory_of(
-            lambda: FullParameters().build(self.cfg, settings),
-            cross_entropy(self.cfg, settings),
-            settings,
-            optimizer_ratio=optimizer_state_ratio(optimizer, settings.torch_dtype),
-            num_gpus=num_gpus,
-            sequence=self.sequence,
-            share_trained=self.share_trained,
+            self.sizes, settings, optimizer_ratio=ratio, num_gpus=num_gpus, activations=self._activations[alike]
         )
 
 
@@ -110,7 +124,7 @@ def _plan(cfg: DictConfig) -> Iterator[str]:
     if sequence is None:
         raise UserError(f"plan.sequence: not given, and the data cannot tell: {reason} Give the tokens of a sequence.")
     yield from _data_lines(data, reason, settings, options)
-    case = Case(cfg, settings, options, gpu, sequence, data.share_trained if data else 1.0)
+    case = Case(cfg, settings, options, gpu, sequence, data.share_trained if data else 1.0, sizes)
     memory = case.memory()
     yield from _memory_lines(memory, case)
     if memory.needed > gpu.memory:

@@ -41,7 +41,7 @@ from torchtune_agent.data.token_text import Vocabulary, vocabulary
 from torchtune_agent.distributed import rank_from_environment
 from torchtune_agent.errors import UserError
 from torchtune_agent.training.run import make_output_dir, say_mistake
-from torchtune_agent.training.settings import COMPONENT_KEYS, Settings, checked
+from torchtune_agent.training.settings import COMPONENT_KEYS, OTHER_SECTIONS, Settings, checked
 from torchtune_agent.training.sft import check_not_empty, dataset_sections, has_token_classes, make_dataset, say_report
 
 _NUM_ON_PAGE = 50
@@ -70,7 +70,7 @@ class CheckSettings(BaseModel):
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "CheckSettings":
         """Any training config is right; keys that none has are refused."""
-        check_keys(cfg, set(Settings.model_fields) | COMPONENT_KEYS | {"check"})
+        check_keys(cfg, set(Settings.model_fields) | COMPONENT_KEYS | OTHER_SECTIONS)
         values = resolved(cfg)
         options = cfg.get("check") or DictConfig({})
         if not isinstance(options, DictConfig):

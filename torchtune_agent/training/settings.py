@@ -31,6 +31,7 @@ COMPONENT_KEYS = {
     "profiler",
     "tensor_parallel_plan",
 }
+OTHER_SECTIONS = {"check"}  # read by agent_data_check: one file serves both
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
 
 
@@ -95,14 +96,15 @@ class Settings(BaseModel):
         """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused.
 
         A config for another machine may name a device that is not here."""
-        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS)
+        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS | OTHER_SECTIONS)
         values = resolved(cfg)
         for key in ("output_dir", *_REQUIRED_COMPONENTS):
             if values.get(key) is None:
                 raise UserError(
                     f"{key}: not given. Every training config needs it; `tune cat tiny/agent_sft` shows one."
                 )
-        settings = checked(cls, {key: value for key, value in values.items() if key not in COMPONENT_KEYS})
+        elsewhere = COMPONENT_KEYS | OTHER_SECTIONS
+        settings = checked(cls, {key: value for key, value in values.items() if key not in elsewhere})
         settings._check_ranges()
         if for_this_machine:
             settings._check_device()
