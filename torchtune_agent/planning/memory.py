@@ -5,6 +5,7 @@ torch's FakeTensorMode, which knows shapes and lifetimes and computes nothing. E
 before it took, so two short models tell what a long one needs. What FSDP adds and what optimizers keep is reckoned.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -67,8 +68,8 @@ class Sizes:
     largest_trained_layer: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Sizes":
-        layers = list(getattr(model, "layers"))
+    def of(cls, model: TransformerDecoder) -> "Sizes":
+        layers = list(model.layers)
         every, trained = _bytes(model), _bytes(model, only_trained=True)
         return cls(
             num_parameters=sum(p.numel() for p in model.parameters()),
@@ -147,7 +148,8 @@ def _peak(
     rows = round(sequence * share_trained)
     some = min(rows, _MOST_TRAINED)
     batch = _batch(settings.batch_size, sequence, some)
-    with FakeTensorMode() as fake:
+    with FakeTensorMode() as fake, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what a CPU has no fast way for
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         for module in model.modules():
             if hasattr(module, "rope_init"):

@@ -186,8 +186,8 @@ def _data_lines(data: DataFacts | None, reason: str, settings: Settings, options
         return
     steps = _steps(data, settings, options)
     yield (
-        f"data          {data.num_samples:,} samples, {data.num_tokens:,} tokens, about {data.share_trained:.0%} of them "
-        f"trained, the longest {data.longest:,}"
+        f"data          {data.num_samples:,} samples, {data.num_tokens:,} tokens, the longest {data.longest:,}; about "
+        f"{data.share_trained:.0%} of the tokens trained"
     )
     yield f"              {steps:,} steps an epoch, {data.num_tokens / steps:,.0f} tokens a step"
 
@@ -211,7 +211,8 @@ def _memory_lines(memory: Memory, case: Case) -> Iterator[str]:
     yield "memory        of each GPU, at the fullest moment of a step, GiB"
     for name, note in what.items():
         yield f"  {name:<12}{getattr(memory, name) / _GIB:>8.2f}   {note}"
-    yield f"  {'other':<12}{(memory.needed - memory.total) / _GIB:>8.2f}   assumed: {CONTEXT_BYTES / 1e9} GB, and {FRAGMENTATION:.0%} that is lost between blocks"
+    other = f"assumed: {CONTEXT_BYTES / 1e9} GB, and {FRAGMENTATION:.0%} that is lost between blocks"
+    yield f"  {'other':<12}{(memory.needed - memory.total) / _GIB:>8.2f}   {other}"
     fits = "fits" if memory.needed <= case.gpu.memory else "DOES NOT FIT"
     yield f"  {'in all':<12}{memory.needed / _GIB:>8.2f}   of {case.gpu.memory / _GIB:.1f}: {fits}"
     if case.settings.tensor_parallel_dim > 1:
@@ -233,7 +234,7 @@ def _remedies(case: Case) -> Iterator[str]:
         changes.append(("optimizer_in_bwd=True clip_grad_norm=null", {"optimizer_in_bwd": True}))
     if not settings.fsdp_cpu_offload:
         changes.append(("fsdp_cpu_offload=True  (slow)", {"fsdp_cpu_offload": True}))
-    if len(changes) > 1:
+    if len(changes) > 2:
         together = {key: value for _, change in changes[:-1] for key, value in change.items()}
         changes.append(("all of these but the last", together))
     yield "to change     each alone, GiB of a GPU"
@@ -264,8 +265,9 @@ def _time_lines(case: Case, data: DataFacts) -> Iterator[str]:
     )
     yield (
         f"              assumed: {options.mfu:.0%} of {case.gpu.flops / 1e12:,.0f} TFLOP/s (plan.mfu), "
-        f"${options.price_per_gpu_hour:.2f} a GPU-hour (plan.price_per_gpu_hour); loading, validation and saving come on top"
+        f"${options.price_per_gpu_hour:.2f} a GPU-hour (plan.price_per_gpu_hour)"
     )
+    yield "              loading, validation and saving come on top"
 
 
 def _duration(seconds: float) -> str:

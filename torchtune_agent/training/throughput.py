@@ -20,8 +20,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def operations(model: TransformerDecoder, length: float) -> float:
     """Floating-point operations that training takes for each token of sequences of `length` tokens.
 
-    Six for every weight that is multiplied; looking up an embedding is none, but tied ones are multiplied at the output.
-    Then attention: two products of queries, keys and values with the text before, which is half of the pairs.
+    Six for every weight that is multiplied; looking up an embedding is none, but tied ones are multiplied at the
+    output. Then attention: two products of queries, keys and values with the text before, half of the pairs.
     """
     untied = model.output is not None and hasattr(model.output, "weight")
     looked_up = model.tok_embeddings.weight.numel() if untied else 0
