@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from types import BuiltinMethodType
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -20,6 +20,7 @@ from jinja2.runtime import Context, LoopContext, new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from torchtune_agent.data.beginnings import Beginnings, beginnings, writes_messages_in_one_loop
 from torchtune_agent.data.conversation import Conversation, Message, Role, ToolCall
 from torchtune_agent.data.loop_memory import (
     MEMORY,
@@ -66,6 +67,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._date = date
         self._compiled: dict[tuple[str, Marks | None], tuple[Template, dict[str, Any]]] = {}
+        self._in_one_loop: dict[str, bool] = {}
         self.endings: dict[str, Any] = {}  # how it ends with which tools, as `served` found out
         self.own_tokens: frozenset[str] | None = None  # the assistant's, as `own_tokens` found out
         for name in self._sources:
@@ -96,8 +98,27 @@ class ChatTemplate:
             context = new_context(template.environment, None, template.blocks, values, shared=True)
             return list(template.root_render_func(context))
         except _TEMPLATE_ERRORS as error:
-            said = marks.plain(str(error)) if marks else str(error)
-            raise RenderError("template", f"chat template: {said or type(error).__name__}") from error
+            raise _refusal(error, marks) from error
+
+    def beginnings(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        arguments: Mapping[str, Any],
+        marks: Marks | None,
+    ) -> Beginnings | None:
+        """The renderings of every beginning of `messages`; None where each has to be rendered by itself."""
+        name = self._name(tools)
+        memory: Memory = {}
+        self._compile(name, marks)
+        if not self._in_one_loop[name]:
+            return None
+        try:
+            return beginnings(
+                lambda prompt: self.pieces(messages, tools, prompt, arguments, marks, memory), memory, messages
+            )
+        except RenderError:
+            return None  # which a beginning need not share
 
     def _name(self, tools: Sequence[Any] | None) -> str:
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
@@ -113,6 +134,7 @@ class ChatTemplate:
             source = self._sources[name]
             try:
                 tree = mark_literals(environment, source, marks) if marks else environment.parse(source)
+                self._in_one_loop[name] = writes_messages_in_one_loop(tree)
                 template = environment.from_string(remember_loops(environment, tree))
             except TemplateError as error:
                 raise UserError(f"chat template {name!r}: {error}") from error
@@ -134,6 +156,12 @@ class ChatTemplate:
             return True
 
         return not renders({"a": 1}) and renders('{"a": 1}')
+
+
+def _refusal(error: Exception, marks: Marks | None) -> RenderError:
+    """What an error of the template's code is to the user."""
+    said = marks.plain(str(error)) if marks else str(error)
+    return RenderError("template", f"chat template: {said or type(error).__name__}")
 
 
 class Rendering:
@@ -161,6 +189,7 @@ class Rendering:
         self.marks = free_marks(self.data, own=mark_own is not None) if traced else None
         self._memory: Memory = {}
         self._plain_memory: Memory = {}
+        self._beginnings: Beginnings | None | Literal["not tried"] = "not tried"
         if traced and self.marks is None and mark_own is None:
             raise RenderError("private_use", "the text holds private-use characters of both planes 15 and 16.")
         if mark_own is not None and self.marks is not None:
@@ -168,6 +197,14 @@ class Rendering:
 
     def render(self, stop: int | None = None, *, prompt: bool = False, plain: bool = False) -> str:
         """The first `stop` messages (all), marked unless `plain`; `prompt` adds the generation prompt."""
+        if stop and not plain:
+            if self._beginnings == "not tried":
+                self._beginnings = self.template.beginnings(self.messages, self.tools, self.arguments, self.marks)
+            if self._beginnings is not None:
+                try:
+                    return self._beginnings.render(stop, prompt)
+                except _TEMPLATE_ERRORS as error:
+                    raise _refusal(error, self.marks) from error
         return "".join(self.pieces(stop, prompt=prompt, plain=plain))
 
     def pieces(self, stop: int | None = None, *, prompt: bool = False, plain: bool = False) -> list[str]:
@@ -186,6 +223,7 @@ class Rendering:
         """The same for other messages, which must not hold marks."""
         other = copy.copy(self)
         other.messages = other._plain_messages = messages
+        other._beginnings = "not tried"
         return other
 
     def flagged(self, message: int, flag: str) -> "Rendering":

@@ -7,6 +7,7 @@ left of a message's tokens is its text, whatever it says.
 """
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,6 +31,7 @@ from torchtune_agent.errors import UserError
 
 # Plain numbers: numpy takes them faster than members.
 _IGNORED, _SPECIAL, _REASONING = map(int, (TokenClass.IGNORED, TokenClass.SPECIAL, TokenClass.REASONING))
+_CALL_NAMES = re.compile(b"%c+" % TokenClass.CALL_NAME)  # in classes as bytes: a turn is too short for numpy to be fast
 
 
 @dataclass
@@ -102,9 +104,9 @@ def called_names(text: bytes, tags: Tags, first: int, after: int) -> list[str]:
     """The names in calls `first` to `after`; "" where a call has none."""
     names = [""] * (after - first)
     if names:
-        at = np.flatnonzero(tags.classes == TokenClass.CALL_NAME)
-        for span in np.split(at, np.flatnonzero(np.diff(at) != 1) + 1) if len(at) else ():
-            names[tags.calls[span[0]] - first] += text[span[0] : span[-1] + 1].decode("utf-8", "replace")
+        for span in _CALL_NAMES.finditer(tags.classes.tobytes()):
+            name = text[span.start() : span.end()].decode("utf-8", "replace")
+            names[tags.calls[span.start()] - first] += name
     return names
 
 

@@ -269,10 +269,15 @@ class _Turns:
                 )
         plain = self._marks.plain if self._marks else str
         parts = {"content": plain(form["content"]), "reasoning": plain(form.get("reasoning_content", ""))}
-        words = plain(words)
-        return tuple(
-            name for name, text in parts.items() if any(t.strip() not in words for t in re.split("</?think>", text))
-        )
+        # What stands between the marks of the words is in them without marks as well: most often that is all.
+        parts = {name: text for name, text in parts.items() if _is_missing(text, words)}
+        words = plain(words) if parts else words
+        return tuple(name for name, text in parts.items() if _is_missing(text, words))
+
+
+def _is_missing(text: str, words: str) -> bool:
+    parts = re.split("</?think>", text) if "think>" in text else (text,)
+    return any(part.strip() not in words for part in parts)
 
 
 def _ending(rendering: Rendering) -> _Ending:
