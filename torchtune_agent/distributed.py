@@ -147,7 +147,14 @@ def own_group() -> dist.ProcessGroup:
     return group
 
 
-def together(work: Callable[[], T]) -> T:
+def collected(item: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's item. Pickled on its way: for small things, now and then."""
+    items: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return items
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `work` on every rank; where it fails on one with a UserError, raise the first such error on all.
 
     `work` must not call collectives itself: a rank that failed would not take part in them.
@@ -158,9 +165,13 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except UserError as error:
         mistake = str(error)
-    mistakes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(mistakes, mistake)
-    first = next((m for m in mistakes if m is not None), None)
+    first = next((m for m in collected(mistake, group) if m is not None), None)
     if first is not None:
         raise UserError(first)
     return result  # type: ignore[return-value]
+
+
+def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `work` on rank 0 alone and give every rank what it returns (see `collected`), or its UserError."""
+    result = together(lambda: work() if dist.get_rank() == 0 else None, group)
+    return collected(result, group)[0]  # type: ignore[return-value]

@@ -373,6 +373,10 @@ class AgentSFTDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return as_sample(self._store[index])
 
+    def fingerprint(self) -> str:
+        """Of all samples: equal ones mean equal samples, whatever file they are from."""
+        return self._store.fingerprint()
+
     def conversations(self) -> Iterator[tuple[str, Conversation]]:
         """The sound conversations, read once more, and where their records stand. None where a message transform reads
         the records."""

@@ -3,7 +3,10 @@
 from functools import partial
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torchtune import training
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
@@ -15,9 +18,9 @@ from torchtune_agent.training.settings import Settings
 
 
 def prepare(
-    model: TransformerDecoder, cfg: DictConfig, settings: Settings, world: World, weights: dict[str, Any]
+    model: TransformerDecoder, cfg: DictConfig, settings: Settings, world: World, weights: dict[str, Any] | None
 ) -> None:
-    """Parallelize `model` (on the meta device) in place and load `weights` into it."""
+    """Parallelize `model` (on the meta device) in place and load `weights` into it; None: leave them to be filled."""
     if settings.fsdp_cpu_offload:
         training.set_torch_num_threads()  # the optimizer then runs on the CPU
     if settings.compile:
@@ -39,14 +42,37 @@ def prepare(
         for module in model.modules():
             if hasattr(module, "rope_init"):  # position tables are not part of a checkpoint
                 module.rope_init()  # pyright: ignore
-    training.load_from_full_model_state_dict(
-        model,
-        weights,
-        world.device,
-        strict=True,
-        cpu_offload=settings.fsdp_cpu_offload,  # pyright: ignore
-    )
+    if weights is None:
+        _make_room(model, torch.device("cpu") if settings.fsdp_cpu_offload else world.device)
+    else:
+        training.load_from_full_model_state_dict(
+            model,
+            weights,
+            world.device,
+            strict=True,
+            cpu_offload=settings.fsdp_cpu_offload,  # pyright: ignore
+        )
     training.validate_no_params_on_meta_device(model)
+
+
+def _make_room(model: TransformerDecoder, device: torch.device) -> None:
+    """Give every weight memory with nothing in it yet."""
+    empty = {}
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, DTensor):
+            local = torch.empty_like(weight.to_local(), device=device)
+            made = DTensor.from_local(
+                local,
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+        else:
+            made = torch.empty_like(weight, device=device)
+        empty[name] = nn.Parameter(made, requires_grad=weight.requires_grad)
+    model.load_state_dict(empty, strict=True, assign=True)
 
 
 def checkpoint_activations(model: TransformerDecoder, settings: Settings) -> None:

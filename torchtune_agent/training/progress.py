@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from torchtune_agent.config import instantiate
 from torchtune_agent.data.collate import Batch
-from torchtune_agent.data.loader import BatchSource
+from torchtune_agent.data.loader import BatchSource, num_steps
 from torchtune_agent.distributed import World
 from torchtune_agent.metrics import breakdown
 from torchtune_agent.metrics.colours import CLASSES
@@ -36,7 +36,10 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{pos
 class Progress:
     """Shows a run on the screen and writes it to the logs."""
 
-    def __init__(self, cfg: DictConfig, settings: Settings, world: World, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, cfg: DictConfig, settings: Settings, world: World, say: Callable[[str], None], *, continues: bool = False
+    ) -> None:
+        """`continues`: the logs there are belong to this run."""
         self.say = say
         self._settings = settings
         self._world = world
@@ -46,15 +49,13 @@ class Progress:
         if world.is_main:
             make_logger = partial(instantiate, cfg.metric_logger, "metric_logger") if cfg.get("metric_logger") else None
             folder = settings.output_dir / "logs"
-            self._log = RunLog(folder, cfg, make_logger, continues=settings.resume_from_checkpoint)
+            self._log = RunLog(folder, cfg, make_logger, continues=continues)
         self._profiler = _make_profiler(cfg)
 
-    def start(self, steps_per_epoch: int, epochs_done: int) -> None:
-        total = steps_per_epoch * self._settings.epochs
+    def start(self, num_steps: int, steps_done: int) -> None:
         self._profiler.start()
         if self._world.is_main:
-            initial = steps_per_epoch * epochs_done
-            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, bar_format=_BAR)
+            self._bar = tqdm(total=num_steps, initial=steps_done, unit="step", dynamic_ncols=True, bar_format=_BAR)
 
     def step(self, row: Mapping[str, Any], step: int, histograms: Mapping[str, Sequence[float]] | None = None) -> None:
         """One logged step, and how its losses are spread (see DetailedMetricsTracker.loss_histograms)."""
@@ -76,7 +77,7 @@ class Progress:
         batches: Iterator[list[Batch]] = source.epoch(0)
         if not self._world.is_main:
             return batches
-        return tqdm(batches, desc=f"Validating at step {step}", total=source.steps_per_epoch, leave=False, delay=1)
+        return tqdm(batches, desc=f"Validating at step {step}", total=num_steps(source), leave=False, delay=1)
 
     def validated(
         self, row: Mapping[str, Any], step: int, histograms: Mapping[str, Sequence[float]] | None = None
@@ -105,10 +106,7 @@ class Progress:
         """One training step is over, for the profiler."""
         self._profiler.step()
 
-    def saving(self, step: int) -> None:
-        self.say(f"step {step}: saving a checkpoint")
-
-    def finish(self, checkpoint_folder: Path) -> None:
+    def finish(self, weights: Path, checkpoints: Path, stalled: float) -> None:
         """Close the logs; show the table of classes and where everything is."""
         self._profiler.stop()
         if self._log is None:
@@ -133,7 +131,8 @@ class Progress:
             f"Config      {self._log.config_path}\n"
             f"Report      {report}\n"
             f"Plot        {picture}\n"
-            f"Checkpoint  {checkpoint_folder}\n"
+            f"Weights     {weights}\n"
+            f"Checkpoints {checkpoints}  (training waited {stalled:.1f} s for them)\n"
             f"Next        tensorboard --logdir {self._log.path.parent}  # where that is the metric_logger\n"
             "            tune cp qwen2_5/0.5B_agent_sft my.yaml  # a config to start from with your own data",
             flush=True,

@@ -17,9 +17,10 @@ from torchtune import training, utils
 from tqdm import tqdm
 
 from torchtune_agent import __version__
-from torchtune_agent.distributed import World, make_mesh, process_group, together
+from torchtune_agent.distributed import World, make_mesh, on_main, process_group, together
 from torchtune_agent.errors import UserError
 from torchtune_agent.training.progress import Progress
+from torchtune_agent.training.resume import find, manifest_of_run, prepare_folders
 from torchtune_agent.training.settings import Settings
 from torchtune_agent.training.trainer import Parts, Trainer
 
@@ -56,20 +57,24 @@ def say_mistake(error: UserError) -> None:
 def _run(name: str, cfg: DictConfig, build: Callable[[Run], Parts], size: int) -> None:
     utils.get_logger("WARNING")  # torchtune's loggers share one level; what they say at INFO, Progress says
     settings = together(lambda: _check(cfg, size))
-    seed = training.set_seed(settings.seed, settings.cudnn_deterministic_mode)
-    settings = settings.model_copy(update={"seed": seed})
-    cfg.seed = seed
     device = utils.get_device(settings.device)
     tp = settings.tensor_parallel_dim
     world = World(torch.distributed.get_rank(), size, device, make_mesh(device.type, size // tp, tp))
     say = partial(_say, world.is_main)
+    checkpoint = find(settings, world, say)
+    if settings.seed is None and checkpoint is not None:
+        settings = settings.model_copy(update={"seed": checkpoint.manifest.config["seed"]})
+    seed = training.set_seed(settings.seed, settings.cudnn_deterministic_mode)
+    settings = settings.model_copy(update={"seed": seed})
+    cfg.seed = seed
     say(f"torchtune_agent {__version__}: {name} on {size} x {device.type}, {settings.dtype}, seed {seed}")
     parts = together(lambda: build(Run(cfg, settings, world, say)))
     say(f"model         {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
-    progress = together(lambda: Progress(cfg, settings, world, say))
-    trainer = Trainer(cfg, settings, world, parts, progress)
+    manifest = on_main(lambda: manifest_of_run(cfg, settings, parts, size))
+    on_main(lambda: prepare_folders(checkpoint, cfg, settings, manifest, say))
+    progress = together(lambda: Progress(cfg, settings, world, say, continues=checkpoint is not None))
+    trainer = Trainer(cfg, settings, world, parts, progress, manifest, checkpoint)
     trainer.train()
-    trainer.saver.close()
 
 
 def _say(is_main: bool, text: str) -> None:

@@ -4,16 +4,17 @@ The keys are torchtune's. Components (model, dataset, ...) are named in COMPONEN
 options when they are made.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from omegaconf import DictConfig
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError
 
 from torchtune_agent.config import check_keys, resolved
-from torchtune_agent.errors import UserError
+from torchtune_agent.errors import UserError, did_you_mean
 from torchtune_agent.metrics.table import TOP_K
 
 T = TypeVar("T", bound=BaseModel)
@@ -52,7 +53,9 @@ class Settings(BaseModel):
     output_dir: Path
     seed: int | None = None
     shuffle: bool = True
-    resume_from_checkpoint: bool = False
+    # True: there must be a checkpoint; "auto": where there never was one, start anew; a path: that one
+    resume_from_checkpoint: StrictBool | Literal["auto"] | Path = False
+    resume_override: list[str] = []  # keys whose new values a resumed run is to go on with
     # Steps
     epochs: int = 1
     max_steps_per_epoch: int | None = None
@@ -87,7 +90,10 @@ class Settings(BaseModel):
     log_by: list[Literal["tool", "source"]] = []
     log_by_top_n: int = 20
     log_sample_losses: bool = False
-    # Checkpoints
+    # Checkpoints: at each epoch's end, and every so many steps
+    save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int = 2
+    keep_best: str | None = None  # a metric of validation; its best checkpoint is saved, and never removed
     enable_async_checkpointing: bool = False
     cudnn_deterministic_mode: int | str | None = None
 
@@ -123,6 +129,8 @@ class Settings(BaseModel):
             "batch_size_val",
             "gradient_accumulation_steps",
             "run_val_every_n_steps",
+            "save_every_n_steps",
+            "keep_last_n_checkpoints",
             "tensor_parallel_dim",
             "log_every_n_steps",
             "log_detailed_metrics_every_n_steps",
@@ -183,6 +191,18 @@ class Settings(BaseModel):
             raise UserError(
                 "optimizer.fused=True: cannot be used with tensor_parallel_dim above 1. Set optimizer.fused=False."
             )
+        weights = cfg.checkpointer.get("output_dir")
+        if weights is not None and Path(weights).resolve() == (self.output_dir / "checkpoints").resolve():
+            raise UserError(
+                f"checkpointer.output_dir={weights}: that folder is for checkpoints to resume from. Name another one "
+                "for the trained weights, for example ${output_dir}/weights."
+            )
+        if self.keep_best is not None and cfg.get("dataset_val") is None:
+            raise UserError(f"keep_best={self.keep_best}: needs dataset_val, whose metrics it names.")
+        known = set(type(self).model_fields) | COMPONENT_KEYS
+        for key in self.resume_override:
+            if re.split(r"[.\[]", key)[0] not in known:
+                raise UserError(f"resume_override: '{key}' is no config key. {did_you_mean(key, known)}")
         if cfg.get("dataset_val") is None and (self.run_val_every_n_steps or self.batch_size_val):
             raise UserError("dataset_val: not given, but run_val_every_n_steps or batch_size_val is. Name one.")
 

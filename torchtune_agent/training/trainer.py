@@ -7,7 +7,8 @@ accumulation and with the optimizer stepping inside the backward pass alike.
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,19 +18,40 @@ from torchtune.modules import TransformerDecoder
 
 from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.loader import BatchSource
-from torchtune_agent.distributed import World
+from torchtune_agent.distributed import World, together
 from torchtune_agent.losses import Objective
-from torchtune_agent.metrics.detail import Detail, merged
+from torchtune_agent.metrics.detail import LEDGER, Detail, merged
 from torchtune_agent.metrics.names import metric_name
 from torchtune_agent.metrics.sums import Sums
 from torchtune_agent.metrics.tracker import DetailedMetricsTracker
+from torchtune_agent.training.checkpoints import Checkpoint, Manifest
 from torchtune_agent.training.optimizer import Stepper
 from torchtune_agent.training.parallel import prepare
 from torchtune_agent.training.parameters import ParameterSetup
 from torchtune_agent.training.progress import Progress
 from torchtune_agent.training.saving import Saver
 from torchtune_agent.training.settings import Settings
+from torchtune_agent.training.state import (
+    RUN,
+    Position,
+    Snapshot,
+    has_frozen,
+    random_state,
+    rank_file,
+    read_plain,
+    restore_declared,
+    restore_random,
+    restore_schedule,
+    restore_tensors,
+    run_values,
+    sound,
+    steps_left,
+    steps_left_in_epoch,
+    tensors_of,
+    to_bytes,
+)
 from torchtune_agent.training.throughput import Throughput
+from torchtune_agent.training.weights import UserWeights
 
 
 @dataclass
@@ -45,24 +67,42 @@ class Parts:
 
 
 class Trainer:
-    """Trains `parts` as `settings` say; everything a user watches goes through `progress`."""
+    """Trains `parts` as `settings` say; everything a user watches goes through `progress`.
 
-    def __init__(self, cfg: DictConfig, settings: Settings, world: World, parts: Parts, progress: Progress) -> None:
+    A run that goes on from `checkpoint` takes up everything from there.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        settings: Settings,
+        world: World,
+        parts: Parts,
+        progress: Progress,
+        manifest: Manifest,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """`manifest`: what every checkpoint of this run says of it."""
         self.settings = settings
         self.world = world
         self.parts = parts
         self.progress = progress
         self.model = parts.model
-        self.saver = Saver(cfg, settings, world)
-        prepare(self.model, cfg, settings, world, self.saver.load_weights(self.model))
+        self.saver = Saver(settings, world, None if checkpoint is None else checkpoint.manifest)
+        self.weights = UserWeights(cfg, world)
+        starts_empty = checkpoint is not None and not has_frozen(self.model)
+        prepare(self.model, cfg, settings, world, None if starts_empty else self.weights.load(self.model))
         self.stepper = Stepper(self.model, parts.parameters, cfg, settings)
-        self.epochs_done = self.saver.restore(self.model, self.stepper)
-        limit = settings.max_steps_per_epoch
-        available = parts.train.steps_per_epoch
-        self.steps_per_epoch = available if limit is None else min(limit, available)
-        self.global_step = self.epochs_done * self.steps_per_epoch
-        num_steps = settings.epochs * self.steps_per_epoch
-        self.stepper.schedule(cfg.get("lr_scheduler"), num_steps=num_steps, steps_done=self.global_step)
+        self.position = Position()
+        ledger = settings.output_dir / "logs" / LEDGER if settings.log_sample_losses else None
+        self.detail = Detail(settings.log_by, ledger, world.rank)
+        self.detail_val = Detail(settings.log_by)
+        self._manifest = manifest
+        if checkpoint is None:
+            self.num_steps = steps_left(self.position, parts.train, settings)
+            self.stepper.schedule(cfg.get("lr_scheduler"), num_steps=self.num_steps)
+        else:
+            self._restore(checkpoint, cfg)
         self.activations = training.get_act_offloading_ctx_manager(self.model, settings.enable_activation_offloading)
         self.tracker = DetailedMetricsTracker(
             entropy_k=settings.entropy_k,
@@ -70,29 +110,81 @@ class Trainer:
             metric_names=settings.metric_names,
         )
         self.throughput = Throughput(self.model, world, settings.torch_dtype)
-        ledger = settings.output_dir / "logs" / "sample_losses" if settings.log_sample_losses else None
-        self.detail = Detail(settings.log_by, ledger, world.rank)
-        self.detail_val = Detail(settings.log_by)
+
+    @property
+    def global_step(self) -> int:
+        return self.position.step
+
+    @global_step.setter
+    def global_step(self, step: int) -> None:
+        self.position.step = step
 
     def train(self) -> None:
-        """Run the epochs that are left, validating and saving at the end of each."""
-        self.progress.start(self.steps_per_epoch, self.epochs_done)
+        """Run what is left of the epochs: step, validate where that is due, save where that is due."""
+        self.progress.start(self.num_steps, self.position.step)
         self.throughput.restart()
-        for epoch in range(self.epochs_done, self.settings.epochs):
+        for epoch in range(self.position.epoch, self.settings.epochs):
             self.model.train()
-            for number, micro_batches in enumerate(self.parts.train.epoch(epoch), start=1):
+            left = steps_left_in_epoch(self.position, self.parts.train, self.settings)
+            batches = self.parts.train.epoch(epoch, self.position.rows)
+            for number, micro_batches in enumerate(islice(batches, left), start=1):
                 self._train_step(micro_batches)
+                self.position.advance(self.parts.train, is_last=number == left)
                 self.progress.profile()
-                last = number == self.steps_per_epoch
-                every = self.settings.run_val_every_n_steps
-                if last or (every and self.global_step % every == 0):
-                    self._validate()
-                    self._log_detail()
-                if last:
-                    break
-            self.progress.saving(self.global_step)
-            self.saver.save(self.model, self.stepper, epoch)
-        self.progress.finish(self.saver.folder)
+                self._after_step(epoch if number == left else None)
+        self.saver.finish()
+        self.progress.finish(self.weights.folder, self.saver.folder.path, self.saver.stalled)
+
+    def _after_step(self, finished_epoch: int | None) -> None:
+        """Validate and save where that is due. What is trained is written out before what says that the epoch is."""
+        step, every = self.global_step, self.settings.run_val_every_n_steps
+        validated = None
+        if finished_epoch is not None or (every and step % every == 0):
+            validated = self._validate()
+            self._log_detail()
+        if finished_epoch is not None:
+            self.progress.say(f"step {step}: writing the weights of epoch {finished_epoch}")
+            started = time.perf_counter()
+            self.weights.write(self.model, finished_epoch)
+            self.throughput.pause(time.perf_counter() - started)
+        if self.saver.is_due(step, validated) or finished_epoch is not None:
+            self._save()
+
+    def _save(self) -> None:
+        """Save everything, between two steps; nothing where this step is saved already."""
+        self.detail.fetch()
+        self.detail.write()
+        of_now = replace(self._manifest, step=self.position.step, epoch=self.position.epoch)
+        self.throughput.pause(self.saver.save(self._snapshot, of_now))
+
+    def _snapshot(self) -> Snapshot:
+        own = {"random": random_state(self.world.device), "detail": self.detail.state_dict()}
+        files = {rank_file(self.world.rank): to_bytes(own)}
+        if self.world.is_main:
+            files[RUN] = to_bytes(run_values(self.position, self.num_steps, self.stepper, self._stateful))
+        return Snapshot(tensors_of(self.model, self.stepper), files)
+
+    def _restore(self, checkpoint: Checkpoint, cfg: DictConfig) -> None:
+        """Take up everything from a checkpoint of any number of ranks."""
+        path = checkpoint.path
+        run = together(sound(checkpoint, lambda: read_plain(path / RUN)))
+        self.position = Position(**run["position"])
+        self.num_steps = self.position.step + steps_left(self.position, self.parts.train, self.settings)
+        sound(checkpoint, lambda: restore_tensors(path, self.model, self.stepper, run, self.saver.group))()
+        restore_schedule(self.stepper, run, cfg, self.settings, num_steps=self.num_steps)
+        restore_declared(self._stateful, run["parts"])
+        # Each rank's own. Of several ranks' sums one rank goes on with; a rank that is new has none.
+        rank = self.world.rank
+        others = range(rank, checkpoint.manifest.world_size, self.world.size)
+        own = together(sound(checkpoint, lambda: {other: read_plain(path / rank_file(other)) for other in others}))
+        for other in others:
+            self.detail.load_state_dict(own[other]["detail"])
+        if rank in own:
+            restore_random(own[rank]["random"], self.world.device)
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        return {"data": self.parts.train, "objective": self.parts.objective}
 
     def _train_step(self, micro_batches: list[Batch]) -> None:
         step = self.global_step + 1
@@ -133,6 +225,7 @@ class Trainer:
             "loss": float(sums.loss) / (num_targets or 1.0),
             "lr": self.stepper.learning_rate,
             **self.throughput.take(),
+            **self.saver.take_stall(),
         }
         if norm is not None:
             row["grad_norm"] = float(norm)
@@ -144,10 +237,10 @@ class Trainer:
         self.progress.step(row, self.global_step, self.tracker.loss_histograms("train", sums.histogram))
 
     @torch.no_grad()
-    def _validate(self) -> None:
-        """Loss and metrics over the whole validation set."""
+    def _validate(self) -> dict[str, float] | None:
+        """Loss and metrics over the whole validation set; None where there is none."""
         if self.parts.validation is None:
-            return
+            return None
         started = time.perf_counter()
         self.model.eval()
         sums = Sums.empty(self.world.device)
@@ -170,6 +263,7 @@ class Trainer:
         self.progress.validated(row, self.global_step, self.tracker.loss_histograms("val", sums.histogram))
         self.model.train()
         self.throughput.pause(time.perf_counter() - started)
+        return row
 
     def _log_detail(self) -> None:
         """Tables per tool and source of what was trained since the last time, and of the validation just made."""
