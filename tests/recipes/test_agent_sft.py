@@ -206,6 +206,7 @@ def test_a_logger_that_raises_is_reported_once_and_training_goes_on(tmp_path: Pa
     result = tune.train(
         *tune.SMALL,
         "metric_logger=broken_logger.Broken",
+        "trusted_components=[broken_logger]",
         "~metric_logger.log_dir",
         "metric_logger.api_key=hunter2-hunter2",
         cwd=tmp_path,

@@ -61,6 +61,7 @@ class Manifest:
 
     step: int
     epoch: int  # epochs that are done
+    owes_validation: bool  # the run was stopped before a validation that is due at this step
     world_size: int
     rows_per_step: int
     version: str  # of this package
@@ -166,8 +167,11 @@ class CheckpointFolder:
         write_file(partial / MANIFEST, manifest.to_bytes())
         for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
             _sync_folder(folder)
+        if final.exists():  # the run was stopped here, and has now done what was due at this step
+            final.rename(self._replaced(final.name))
         partial.rename(final)
         _sync_folder(self.path)
+        shutil.rmtree(self._replaced(final.name), ignore_errors=True)
         draft = self.path / f".{_LATEST}.partial"
         write_file(draft, f"{final.name}\n".encode())
         draft.rename(self.path / _LATEST)
@@ -185,6 +189,18 @@ class CheckpointFolder:
                 # A folder without its manifest is no checkpoint: first that goes, then the rest.
                 (self.of_step(step) / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.of_step(step), ignore_errors=True)
+
+    def _replaced(self, name: str) -> Path:
+        return self.path / f".{name}.replaced"
+
+    def recover(self) -> None:
+        """Give back its name to a checkpoint that was being replaced when the run was killed."""
+        for path in self.path.glob(".step_*.replaced"):
+            final = self.path / path.name.removeprefix(".").removesuffix(".replaced")
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(final)
 
     def clean(self) -> None:
         """Remove what a run that was killed has left half written."""

@@ -12,7 +12,7 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 
 from torchtune_agent.config import instantiate
-from torchtune_agent.distributed import clip_gradients
+from torchtune_agent.distributed import clip_gradients, gradient_norm
 from torchtune_agent.training.parameters import ParameterSetup
 from torchtune_agent.training.settings import Settings
 
@@ -27,11 +27,11 @@ class Stepper:
     ) -> None:
         self._model = model
         self._max_norm = None if settings.clip_grad_norm is None else float(settings.clip_grad_norm)
-        self._in_backward = settings.optimizer_in_bwd
+        self.updates_in_backward = settings.optimizer_in_bwd
         # A wrapper around a layer (activation checkpointing) is no part of a parameter's name in a checkpoint.
         self.names = {p: name.replace(_WRAPPED, "") for name, p in model.named_parameters() if p.requires_grad}
         self.schedules: list[Any] = []
-        if self._in_backward:
+        if self.updates_in_backward:
             by_parameter = {p: instantiate(cfg.optimizer, "optimizer", [p]) for p in self.names}
             training.register_optim_in_bwd_hooks(model, by_parameter)
             self.optimizers = list(by_parameter.values())
@@ -54,14 +54,17 @@ class Stepper:
     def learning_rate(self) -> float:
         return float(self.optimizers[0].param_groups[0]["lr"])
 
-    def step(self) -> torch.Tensor | None:
-        """Clip, update, clear the gradients, advance the schedule. Returns the gradient norm where clipping is on."""
-        norm: torch.Tensor | None = None
-        if not self._in_backward:
-            if self._max_norm is not None:
-                norm = clip_gradients(self._model.parameters(), self._max_norm)
-            self.optimizers[0].step()
+    def gradient_norm(self) -> torch.Tensor | None:
+        """The norm of the whole gradient; None where it never exists as a whole."""
+        return None if self.updates_in_backward else gradient_norm(self._model.parameters())
+
+    def step(self, norm: torch.Tensor | None, *, update: bool = True) -> None:
+        """Clip, update, clear the gradients, advance the schedule. Without `update` the gradients are thrown away."""
+        if not self.updates_in_backward:
+            if update:
+                if self._max_norm is not None and norm is not None:
+                    clip_gradients(self._model.parameters(), self._max_norm, norm)
+                self.optimizers[0].step()
             self.optimizers[0].zero_grad(set_to_none=True)
         for schedule in self.schedules:
             schedule.step()
-        return norm

@@ -39,6 +39,7 @@ _FREE = (
     "metric_logger",
     "profiler",
     "check",
+    "plan",
     "log_every_n_steps",
     "log_peak_memory_stats",
     "log_detailed_metrics_every_n_steps",
@@ -60,6 +61,7 @@ _FREE = (
     "ac_mode",
     "ac_option",
     "max_nonfinite_steps",
+    "process_group_timeout_seconds",
     "trusted_components",
 )
 _STEP = ("batch_size", "gradient_accumulation_steps")  # with the number of ranks they make a step; only that counts
@@ -81,6 +83,7 @@ def find(settings: Settings, world: World, say: Callable[[str], None]) -> Checkp
             )
         return found
     folder = CheckpointFolder(settings.output_dir / FOLDER)
+    on_main(folder.recover)
     steps, has_had_any = on_main(lambda: (folder.steps(), folder.has_had_any))
     problems = []
     for step in steps:
@@ -129,6 +132,7 @@ def manifest_of_run(cfg: DictConfig, settings: Settings, parts: Parts, world_siz
     return Manifest(
         step=0,
         epoch=0,
+        owes_validation=False,
         world_size=world_size,
         rows_per_step=parts.train.rows_per_step,
         version=__version__,
@@ -145,14 +149,15 @@ def prepare_folders(
     if checkpoint is not None:
         check_unchanged(checkpoint, settings, now)
         _say_where(checkpoint, now, say)
-    step = None if checkpoint is None else checkpoint.manifest.step
     try:
         folder.clean()
+        step = None if checkpoint is None else checkpoint.manifest.step
         aside = folder.set_aside(step)
         if aside is not None:
             say(f"{'earlier' if step is None else 'later'} checkpoints moved to {aside}")
-        if step is not None:
-            rewind(settings.output_dir / "logs", step)
+        if checkpoint is not None:
+            then = checkpoint.manifest
+            rewind(settings.output_dir / "logs", then.step, before_validation=then.owes_validation)
         write_readme(settings.output_dir, Path(cfg.checkpointer.get("output_dir", settings.output_dir)))
     except OSError as error:
         raise UserError(

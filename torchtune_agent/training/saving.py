@@ -37,7 +37,7 @@ class Saver:
         self.stalled = 0.0  # seconds that training has waited for saving
         self._settings = settings
         self._world = world
-        self._last_step = None if saved is None else saved.step
+        self._last = None if saved is None else _moment(saved)
         self._shown = 0.0
         self._background: Thread | None = None
         self._failure: BaseException | None = None
@@ -62,8 +62,8 @@ class Saver:
         return math.isfinite(value) and (self.best is None or sign * value < sign * self.best.value)
 
     def save(self, snapshot: Callable[[], state.Snapshot], manifest: Manifest) -> float:
-        """Save what `snapshot` gives; returns the seconds it took out of training. A step is saved only once."""
-        if self._last_step == manifest.step:
+        """Save what `snapshot` gives; returns the seconds it took out of training. A moment is saved only once."""
+        if self._last == _moment(manifest):
             return 0.0
         started = time.perf_counter()
         self.wait()
@@ -75,7 +75,7 @@ class Saver:
             self._background.start()
         else:
             self._write(content, manifest)
-        self._last_step = manifest.step
+        self._last = _moment(manifest)
         self.num_saved += 1
         seconds = time.perf_counter() - started
         self.stalled += seconds
@@ -160,6 +160,11 @@ class Saver:
             f"{self.folder.of_step(step)}: the checkpoint cannot be saved: {reason}. {before}. Make room or allow "
             "writing there, and go on with resume_from_checkpoint=auto."
         )
+
+
+def _moment(manifest: Manifest) -> tuple[int, bool]:
+    """Of a run: after a step, before or after what is due then."""
+    return manifest.step, manifest.owes_validation
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:

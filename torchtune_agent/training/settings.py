@@ -32,7 +32,7 @@ COMPONENT_KEYS = {
     "profiler",
     "tensor_parallel_plan",
 }
-OTHER_SECTIONS = {"check"}  # read by agent_data_check: one file serves both
+OTHER_SECTIONS = {"check", "plan"}  # read by agent_data_check and agent_plan: one file serves all
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
 
 
@@ -63,6 +63,7 @@ class Settings(BaseModel):
     gradient_accumulation_steps: int = 1
     clip_grad_norm: float | Literal["inf"] | None = None
     optimizer_in_bwd: bool = False
+    max_nonfinite_steps: int = 3
     # Validation: every so many steps, and at each epoch's end
     run_val_every_n_steps: int | None = None
     batch_size_val: int | None = None
@@ -73,6 +74,7 @@ class Settings(BaseModel):
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     custom_sharded_layers: list[str] | None = None
+    process_group_timeout_seconds: int = 600
     tensor_parallel_dim: int = 1
     # Activations
     enable_activation_checkpointing: bool = False
@@ -95,6 +97,8 @@ class Settings(BaseModel):
     keep_last_n_checkpoints: int = 2
     keep_best: str | None = None  # a metric of validation; its best checkpoint is saved, and never removed
     enable_async_checkpointing: bool = False
+    # Packages and dotted paths that components may come from, beside torch, torchtune, torchao and torchtune_agent
+    trusted_components: list[str] = []
     cudnn_deterministic_mode: int | str | None = None
 
     @classmethod
@@ -136,6 +140,8 @@ class Settings(BaseModel):
             "log_detailed_metrics_every_n_steps",
             "log_by_top_n",
             "ac_option",
+            "max_nonfinite_steps",
+            "process_group_timeout_seconds",
         )
         for key in at_least_one:
             value = getattr(self, key)

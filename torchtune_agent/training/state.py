@@ -54,13 +54,15 @@ class Position:
     epoch: int = 0  # epochs that are done
     steps_in_epoch: int = 0
     rows: int = 0  # trained in the epoch that has begun
+    owes_validation: bool = False  # what is due after this step, the epoch's end included, is still to be done
 
-    def advance(self, source: BatchSource, *, is_last: bool) -> None:
-        """One more step of the epoch is done; `is_last`: no other follows."""
+    def advance(self, source: BatchSource) -> None:
+        """One more step of the epoch is done."""
         self.steps_in_epoch += 1
         self.rows = min(self.rows + source.rows_per_step, source.num_rows)
-        if is_last:
-            self.epoch, self.steps_in_epoch, self.rows = self.epoch + 1, 0, 0
+
+    def end_epoch(self) -> None:
+        self.epoch, self.steps_in_epoch, self.rows, self.owes_validation = self.epoch + 1, 0, 0, False
 
 
 def steps_left_in_epoch(position: Position, source: BatchSource, settings: Settings) -> int:

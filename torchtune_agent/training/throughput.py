@@ -44,7 +44,7 @@ class Throughput:
         self._operations = 0.0
         self._since = time.perf_counter()
 
-    def add(self, num_tokens: int, num_supervised: int, num_samples: int) -> None:
+    def add(self, num_tokens: float, num_supervised: float, num_samples: float) -> None:
         """Count a step's tokens, of all ranks."""
         self._tokens += num_tokens
         self._supervised += num_supervised
