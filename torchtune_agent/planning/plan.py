@@ -19,7 +19,6 @@ from torchtune_agent.config import check_keys, instantiate, resolved
 from torchtune_agent.data.packing import pack
 from torchtune_agent.distributed import rank_from_environment
 from torchtune_agent.errors import UserError, did_you_mean
-from torchtune_agent.planning.gpus import GPUS, Gpu
 from torchtune_agent.planning.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -29,6 +28,7 @@ from torchtune_agent.planning.memory import (
     memory_of,
     optimizer_ratio,
 )
+from torchtune_agent.training.gpus import GPUS, Gpu
 from torchtune_agent.training.parameters import FullParameters
 from torchtune_agent.training.run import say_mistake
 from torchtune_agent.training.settings import Settings, checked

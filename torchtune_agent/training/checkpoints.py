@@ -61,12 +61,12 @@ class Manifest:
 
     step: int
     epoch: int  # epochs that are done
-    owes_validation: bool  # the run was stopped before a validation that is due at this step
     world_size: int
     rows_per_step: int
     version: str  # of this package
     config: dict[str, Any]  # as logged, without secrets
     data: dict[str, str]  # fingerprints of the data sets' samples
+    owes_validation: bool = False  # the run was stopped before a validation that is due at this step
     best: Best | None = None  # so far
     files: dict[str, Stored] = field(default_factory=dict)
 

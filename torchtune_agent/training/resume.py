@@ -132,7 +132,6 @@ def manifest_of_run(cfg: DictConfig, settings: Settings, parts: Parts, world_siz
     return Manifest(
         step=0,
         epoch=0,
-        owes_validation=False,
         world_size=world_size,
         rows_per_step=parts.train.rows_per_step,
         version=__version__,

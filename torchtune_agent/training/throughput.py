@@ -6,7 +6,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from torchtune_agent.distributed import World
-from torchtune_agent.planning.gpus import GPUS
+from torchtune_agent.training.gpus import GPUS
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
