@@ -20,6 +20,8 @@ from torchtune_agent.training.data_check import CheckSettings
 
 NAMES = sorted({name for names in RECIPES.values() for name in names})
 SHARDS = 32
+QWEN3 = {"model_type": "qwen3", "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+QWEN3 |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40960}
 CALL = "<function=f>\n</function>"
 RECORD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": CALL}]}
 
@@ -32,7 +34,7 @@ def checkpoint_dir(tmp_path: Path) -> Path:
     tokens = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "vocab.json").write_text(json.dumps(tokens))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(QWEN3))
     weight = {"weight": torch.zeros(1)}
     save_file(weight, folder / "model.safetensors")
     for total in range(1, SHARDS):
@@ -48,6 +50,8 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, checkpoint_dir: Path)
     cfg.output_dir = str(tmp_path / "out")
     if "checkpoint_dir" in cfg.checkpointer:
         cfg.checkpointer.checkpoint_dir = str(checkpoint_dir)
+    if "model_dir" in cfg.model:
+        cfg.model_dir = str(checkpoint_dir)
     if "data_files" in cfg.dataset:
         data = tmp_path / "data.jsonl"
         data.write_text(json.dumps(RECORD))

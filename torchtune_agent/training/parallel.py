@@ -1,5 +1,6 @@
 """The model, made ready for training: split over ranks, its activations checkpointed, compiled, loaded."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,12 @@ from torchtune.training.activations import apply_selective_activation_checkpoint
 
 from torchtune_agent.config import instantiate
 from torchtune_agent.distributed import World
+from torchtune_agent.models.loading import load_weights
 from torchtune_agent.training.settings import Settings
 
 
 def prepare(
-    model: TransformerDecoder, cfg: DictConfig, settings: Settings, world: World, weights: dict[str, Any] | None
+    model: TransformerDecoder, cfg: DictConfig, settings: Settings, world: World, weights: Mapping[str, Any] | None
 ) -> None:
     """Parallelize `model` (on the meta device) in place and load `weights` into it; None: leave them to be filled."""
     if settings.fsdp_cpu_offload:
@@ -45,13 +47,7 @@ def prepare(
     if weights is None:
         _make_room(model, torch.device("cpu") if settings.fsdp_cpu_offload else world.device)
     else:
-        training.load_from_full_model_state_dict(
-            model,
-            weights,
-            world.device,
-            strict=True,
-            cpu_offload=settings.fsdp_cpu_offload,  # pyright: ignore
-        )
+        load_weights(model, weights, world.device, cpu_offload=settings.fsdp_cpu_offload)
     training.validate_no_params_on_meta_device(model)
 
 

@@ -51,6 +51,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     output_dir: Path
+    model_dir: str | None = None  # read by nobody but `${model_dir}` in other keys
     seed: int | None = None
     shuffle: bool = True
     # True: there must be a checkpoint; "auto": where there never was one, start anew; a path: that one

@@ -4,6 +4,7 @@ They are not what a run is resumed from: that is in the folder of checkpoints (s
 """
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class UserWeights:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise _not_found(error) from error
 
-    def load(self, model: TransformerDecoder) -> dict[str, Any]:
+    def load(self, model: TransformerDecoder) -> Mapping[str, Any]:
         """The full state dict that a run starts from."""
         weights = together(self._load).get(training.MODEL_KEY)
         if weights is not None:
