@@ -59,7 +59,9 @@ def test_a_folder_is_trained_resumed_and_loaded_by_transformers(tmp_path: Path) 
 
     shutil.rmtree(weights / "epoch_1")
     first_epoch = tmp_path / "out" / "checkpoints" / "step_1"
-    again = train(*given, f"resume_from_checkpoint={first_epoch}", "batch_size=4", cwd=tmp_path, config=str(CONFIG), processes=1)
+    again = train(
+        *given, f"resume_from_checkpoint={first_epoch}", "batch_size=4", cwd=tmp_path, config=str(CONFIG), processes=1
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     resumed = load_file(weights / "epoch_1" / "model.safetensors")
     for name, tensor in resumed.items():
