@@ -31,6 +31,7 @@ COMPONENT_KEYS = {
     "metric_logger",
     "profiler",
     "tensor_parallel_plan",
+    "adapter",
 }
 OTHER_SECTIONS = {"check", "plan"}  # read by agent_data_check and agent_plan: one file serves all
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")

@@ -99,7 +99,7 @@ class Trainer:
         self.watch = watch
         self.guard = FiniteGuard(world, settings.output_dir / "logs" / "nonfinite.jsonl", settings.max_nonfinite_steps)
         self.saver = Saver(settings, world, None if checkpoint is None else checkpoint.manifest)
-        self.weights = UserWeights(cfg, world)
+        self.weights = UserWeights(cfg, world, parts.parameters)
         starts_empty = checkpoint is not None and not has_frozen(self.model)
         prepare(self.model, cfg, settings, world, None if starts_empty else self.weights.load(self.model))
         self.stepper = Stepper(self.model, parts.parameters, cfg, settings)
