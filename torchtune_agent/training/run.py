@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchtune import training, utils
 from tqdm import tqdm
 
 from torchtune_agent import __version__, redaction
 from torchtune_agent.config import check_components, trust
-from torchtune_agent.distributed import World, make_mesh, on_main, process_group, together
+from torchtune_agent.distributed import World, make_mesh, on_main, process_group, rank_from_environment, together
 from torchtune_agent.errors import UserError
 from torchtune_agent.screen import shown
+from torchtune_agent.training.notes import Note
 from torchtune_agent.training.progress import Progress
 from torchtune_agent.training.resume import find, manifest_of_run, prepare_folders
 from torchtune_agent.training.settings import Settings
@@ -90,6 +92,22 @@ def _say_why(error: BaseException, request: StopRequest, watch: Watch) -> int:
     return 1
 
 
+def run_alone(cfg: DictConfig, work: Callable[[DictConfig], None]) -> int:
+    """A recipe that does its `work` in one process, however many were started. Returns the process's exit code."""
+    if rank_from_environment() != 0:
+        return 0
+    redaction.remember(cfg)
+    utils.get_logger("WARNING")
+    note = Note(0)
+    try:
+        work(cfg)
+    except UserError as error:
+        note.write(said=True, state="failed")
+        say_mistake(error)
+        return 1
+    return 0
+
+
 def say_mistake(error: UserError) -> None:
     """Say what the user can mend, before the process ends."""
     _print(f"\nerror: {error}")
@@ -122,7 +140,7 @@ def _run(
     cfg.seed = seed
     say(f"torchtune_agent {__version__}: {name} on {size} x {device.type}, {settings.dtype}, seed {seed}")
     parts = together(lambda: build(Run(cfg, settings, world, say)))
-    say(f"model         {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
+    say(f"model         {_size_of(parts.model)}")
     manifest = on_main(lambda: manifest_of_run(cfg, settings, parts, size))
     on_main(lambda: prepare_folders(checkpoint, cfg, settings, manifest, say))
     progress = together(lambda: Progress(cfg, settings, world, say, continues=checkpoint is not None))
@@ -131,6 +149,14 @@ def _run(
     except BaseException:
         progress.abandon()
         raise
+
+
+def _size_of(model: nn.Module) -> str:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    return f"{total:,} parameters" + (
+        f", {trained:,} of them trained ({trained / total:.1%})" if trained < total else ""
+    )
 
 
 def _say(is_main: bool, text: str) -> None:
