@@ -203,7 +203,7 @@ class Settings(BaseModel):
         if weights is not None and Path(weights).resolve() == (self.output_dir / "checkpoints").resolve():
             raise UserError(
                 f"checkpointer.output_dir={weights}: that folder is for checkpoints to resume from. Name another one "
-                "for the trained weights, for example ${output_dir}/weights."
+                "for the trained weights, for example ${output_dir}/model."
             )
         if self.keep_best is not None and cfg.get("dataset_val") is None:
             raise UserError(f"keep_best={self.keep_best}: needs dataset_val, whose metrics it names.")
