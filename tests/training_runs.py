@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from pyarrow import parquet
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config
 
 from torchtune_agent.data.collate import Batch
@@ -40,11 +41,9 @@ from torchtune_agent.training import Parts, Run, checkpoints, run_recipe, saving
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tiny" / "agent_sft.yaml"
+SMALL_MODEL = ("model.num_layers=1", "model.embed_dim=32", "model.intermediate_dim=64")
 # Two epochs of six steps on two ranks; the last of each is short, in rows and in micro-batches.
 SMALL = (
-    "model.num_layers=1",
-    "model.embed_dim=32",
-    "model.intermediate_dim=64",
     "dataset.num_tasks=45",
     "dataset.num_tools=40",
     "dataset_val.num_tasks=6",
@@ -145,6 +144,8 @@ def digest(values: Any) -> str:
         elif isinstance(value, torch.Tensor):
             local = value.detach()
             local = local.to_local() if isinstance(local, DTensor) else local
+            if isinstance(local, NF4Tensor):
+                local = local.get_original_weight()
             hashed.update(str((local.dtype, tuple(local.shape))).encode() + local.cpu().contiguous().numpy().tobytes())
         else:
             hashed.update(repr(value).encode())
@@ -240,15 +241,26 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def launch(folder: Path, *overrides: str, size: int = 2, kill: str | None = None, limit: float = 120) -> Left:
-    """Run `size` ranks that write to `folder`; once one has failed the others are killed, as torchrun would."""
+def launch(
+    folder: Path,
+    *overrides: str,
+    size: int = 2,
+    kill: str | None = None,
+    limit: float = 120,
+    config: Path | None = None,
+) -> Left:
+    """Run `size` ranks that write to `folder`; once one has failed the others are killed, as torchrun would.
+
+    `config` has a model of its own; without it the model is a very small one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     env |= {"RECORDS": str(folder / "records"), **({"KILL": kill} if kill else {})}
-    arguments = ["--config", str(CONFIG), f"output_dir={folder / 'out'}", *SMALL, *overrides]
+    arguments = ["--config", str(config or CONFIG), f"output_dir={folder / 'out'}", *SMALL]
+    arguments += [*(() if config else SMALL_MODEL), *overrides]
     log = folder / f"log_{len(list(folder.glob('log_*')))}.txt"
     ranks = [
         _CONTEXT.Process(

@@ -54,10 +54,16 @@ class AdapterParameters:
         return model
 
     def _check(self, cfg: DictConfig, settings: Settings) -> None:
+        if settings.freeze:
+            raise UserError("freeze: with adapters all other weights are frozen anyway. Take one of the two out.")
         if settings.tensor_parallel_dim > 1:
             raise UserError(
                 f"tensor_parallel_dim={settings.tensor_parallel_dim}: adapters are not split by tensor parallelism. "
                 "Set tensor_parallel_dim=1; the frozen base is sharded over all ranks anyway."
+            )
+        if self.adapter.quantize_base and settings.fsdp_cpu_offload:
+            raise UserError(
+                "fsdp_cpu_offload=True: an NF4 base is not offloaded. Set one of it and adapter.quantize_base only."
             )
         if self.adapter.lora_plus_lr_ratio is None:
             return

@@ -1,6 +1,7 @@
 """The parameter seam: which parameters a run has, and which of them it trains."""
 
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ class ParameterSetup(Protocol):
 
 
 class FullParameters:
-    """Train every weight."""
+    """Train every weight, but for those that the config freezes."""
 
     def build(self, cfg: DictConfig, settings: Settings) -> TransformerDecoder:
         with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
@@ -51,6 +52,8 @@ class FullParameters:
                 "model: it has adapters, and the config says nothing of them. Add a section, for example "
                 "adapter.rank=8 adapter.alpha=16, with the numbers the model has."
             )
+        if settings.freeze:
+            freeze(model, settings.freeze)
         return model
 
     def groups(self, model: TransformerDecoder) -> Iterable[nn.Parameter]:
@@ -64,3 +67,17 @@ class FullParameters:
 
     def write_own(self, weights: Mapping[str, torch.Tensor], folder: Path, checkpointer: Any) -> bool:
         return False
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave the weights of `model` whose names match one of `patterns` (`tok_embeddings.*`, `layers.[0-7].*`) alone."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            first = next(iter(names), None)
+            raise UserError(f"freeze: no weight's name matches {pattern!r}. Names are like {first!r} and 'norm.scale'.")
+        for name in matched:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise UserError("freeze: leaves nothing to train. Name fewer weights.")

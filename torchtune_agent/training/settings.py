@@ -58,6 +58,7 @@ class Settings(BaseModel):
     # True: there must be a checkpoint; "auto": where there never was one, start anew; a path: that one
     resume_from_checkpoint: StrictBool | Literal["auto"] | Path = False
     resume_override: list[str] = []  # keys whose new values a resumed run is to go on with
+    freeze: list[str] = []  # patterns of names of weights that stay as they are
     # Steps
     epochs: int = 1
     max_steps_per_epoch: int | None = None

@@ -4,6 +4,7 @@ They are not what a run is resumed from: that is in the folder of checkpoints (s
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ class UserWeights:
 
     def write(self, model: TransformerDecoder, epoch: int) -> None:
         """Write the model as it is after `epoch`."""
-        weights = training.gather_cpu_state_dict(model, self._world.is_main, device=self._world.device)  # pyright: ignore
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # NF4 shards are gathered by a function of an older name
+            weights = training.gather_cpu_state_dict(model, self._world.is_main, device=self._world.device)  # pyright: ignore
 
         def write() -> None:
             try:
