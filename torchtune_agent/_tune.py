@@ -30,6 +30,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "agent_sft_distributed",
         "tiny/agent_sft",
         "hf/agent_sft",
+        "hf/agent_sft_lora",
         "qwen2_5/0.5B_agent_sft",
         "qwen2_5/7B_agent_sft",
     ),

@@ -15,7 +15,7 @@ from torchtune_agent._tune import RECIPES, config_path
 from torchtune_agent.config import instantiate
 from torchtune_agent.data import AgentSFTDataset
 from torchtune_agent.toolworld import TOKENIZER_DIR
-from torchtune_agent.training import FullParameters, Settings
+from torchtune_agent.training import Settings, parameter_setup
 from torchtune_agent.training.data_check import CheckSettings
 
 NAMES = sorted({name for names in RECIPES.values() for name in names})
@@ -88,7 +88,7 @@ def test_every_component_can_be_made(config: DictConfig, monkeypatch: pytest.Mon
 def test_settings_and_model_fit_together(config: DictConfig) -> None:
     config.device = "cpu"  # CI has no GPU
     settings = Settings.from_config(config)
-    model = FullParameters().build(config, settings)
+    model = parameter_setup(config).build(config, settings)
     assert isinstance(model, TransformerDecoder)
     assert all(parameter.is_meta and parameter.dtype == settings.torch_dtype for parameter in model.parameters())
     assert config.tokenizer.max_seq_len <= model.max_seq_len

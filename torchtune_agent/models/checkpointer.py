@@ -69,14 +69,19 @@ def save_hf_folder(
     unfinished.mkdir(parents=True)
     _write_weights(weights, conversion, unfinished, max_shard_bytes)
     _write_config(weights, unfinished, model_dir)
+    copy_companions(model_dir, unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def copy_companions(model_dir: Path, folder: Path) -> None:
+    """Copy what makes a folder a model beside weights and `config.json`: tokenizer, templates, generation config."""
     for pattern in _COMPANIONS:
         for source in model_dir.glob(pattern):
             if source.is_file():
-                target = unfinished / source.relative_to(model_dir)
+                target = folder / source.relative_to(model_dir)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
 
 
 def _write_weights(

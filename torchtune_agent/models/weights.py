@@ -59,7 +59,7 @@ class HFWeights(Weights):
         self._open: dict[str, Any] = {}
         self._places: dict[str, tuple[str, str]] = {}  # our name: (file, name in it)
         self._replaced: dict[str, torch.Tensor] = {}
-        for theirs, file in _files_by_name(folder).items():
+        for theirs, file in files_by_name(folder).items():
             ours = conversion.from_hf(theirs)
             if ours is not None:
                 self._places[ours] = (file, theirs)
@@ -127,7 +127,7 @@ def _broken(path: Path, error: Exception) -> UserError:
     return UserError(f"model_dir: {path} cannot be read ({error}). Download the checkpoint again.")
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
+def files_by_name(folder: Path) -> dict[str, str]:
     """Hugging Face's name of every weight, and the file it is in."""
     index = folder / INDEX
     if index.exists():

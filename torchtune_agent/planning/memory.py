@@ -83,7 +83,7 @@ class Sizes:
 
 
 def _bytes(module: nn.Module, *, only_trained: bool = False) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not only_trained)
+    return sum(_stored_bytes(p) for p in module.parameters() if p.requires_grad or not only_trained)
 
 
 def memory_of(
@@ -144,6 +144,7 @@ def _peak(
     """Bytes that live at most during a step of the model cut to some layers, beyond weights and gradients."""
     model = build()
     model.layers = nn.ModuleList(list(model.layers)[:num_layers])
+    restored = _without_quantization(model)
     checkpoint_activations(model, settings)
     rows = round(sequence * share_trained)
     some = min(rows, _MOST_TRAINED)
@@ -162,7 +163,19 @@ def _peak(
             objective(model, replace(batch, **contents), with_statistics=True).loss_sum.backward()
     embedding = model.tok_embeddings.weight
     later = settings.batch_size * (rows - some) * embedding.shape[1] * embedding.element_size()
-    return living.peak + 2 * later  # what comes in and its gradient
+    return living.peak + restored + 2 * later  # what comes in and its gradient
+
+
+def _without_quantization(model: nn.Module) -> int:
+    """Have quantized linears be plain ones, which FakeTensorMode knows. Returns the bytes of the largest: so much lives
+    while one is made plain, in training one after the other."""
+    largest = 0
+    for module in model.modules():
+        if getattr(module, "_quantize_base", False):
+            module._quantize_base = False  # pyright: ignore
+            weight: Any = module.weight
+            largest = max(largest, weight.numel() * weight.element_size())
+    return largest
 
 
 def _batch(rows: int, sequence: int, num_trained: int) -> Batch:

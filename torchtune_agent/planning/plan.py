@@ -70,25 +70,32 @@ class Case:
     sequence: int
     share_trained: float
     sizes: Sizes
-    _activations: dict[tuple[int, bool], float] = field(default_factory=dict)  # those reckoned so far
+    _activations: dict[Any, float] = field(default_factory=dict)  # those reckoned so far
 
     def memory(self, **changes: Any) -> Memory:
-        """As configured, or with other `settings`, another `optimizer` or other `num_gpus`."""
+        """As configured, or with other `settings`, another `optimizer`, with an `adapter` or other `num_gpus`."""
         num_gpus = changes.pop("num_gpus", self.options.num_gpus)
         optimizer = changes.pop("optimizer", self.cfg.optimizer)
+        adapter = changes.pop("adapter", None)
         settings = self.settings.model_copy(update=changes)
-        ratio = optimizer_ratio(optimizer, settings.torch_dtype)
-        alike = (settings.batch_size, settings.enable_activation_checkpointing)
+        cfg = self.cfg.copy()
+        if adapter is not None:
+            cfg.adapter = adapter
+        alike = (settings.batch_size, settings.enable_activation_checkpointing, str(adapter))
         if alike not in self._activations:
             self._activations[alike] = activations(
-                lambda: parameter_setup(self.cfg).build(self.cfg, settings),
+                lambda: parameter_setup(cfg).build(cfg, settings),
                 cross_entropy(self.cfg, settings),
                 settings,
                 self.sequence,
                 self.share_trained,
             )
         return memory_of(
-            self.sizes, settings, optimizer_ratio=ratio, num_gpus=num_gpus, activations=self._activations[alike]
+            self.sizes if adapter is None else Sizes.of(parameter_setup(cfg).build(cfg, settings)),
+            settings,
+            optimizer_ratio=optimizer_ratio(optimizer, settings.torch_dtype),
+            num_gpus=num_gpus,
+            activations=self._activations[alike],
         )
 
 
@@ -108,7 +115,7 @@ def _plan(cfg: DictConfig) -> Iterator[str]:
     yield f"torchtune_agent {__version__}: agent_plan, {options.num_gpus} x {options.gpu}, {settings.dtype}"
     share = sizes.num_trained / sizes.num_parameters
     yield f"model         {sizes.num_parameters:,} parameters, {sizes.num_trained:,} trained ({share:.1%})"
-    data, reason = _read_data(cfg, settings)
+    data, reason = read_data(cfg, settings)
     sequence = options.sequence or (data.longest if data else cfg.tokenizer.get("max_seq_len"))
     if sequence is None:
         raise UserError(f"plan.sequence: not given, and the data cannot tell: {reason} Give the tokens of a sequence.")
@@ -133,7 +140,7 @@ def _options(cfg: DictConfig) -> tuple[PlanOptions, Gpu]:
     return options, GPUS[options.gpu]
 
 
-def _read_data(cfg: DictConfig, settings: Settings) -> tuple[DataFacts | None, str]:
+def read_data(cfg: DictConfig, settings: Settings) -> tuple[DataFacts | None, str]:
     """What is in the training data; where it cannot be read, why."""
     try:
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
@@ -226,6 +233,10 @@ def _remedies(case: Case) -> Iterator[str]:
     if len(changes) > 2:
         together = {key: value for _, change in changes[:-1] for key, value in change.items()}
         changes.append(("all of these but the last", together))
+    if case.cfg.get("adapter") is None and settings.tensor_parallel_dim == 1 and not settings.freeze:
+        changes.append(("adapter.kind=lora adapter.rank=16", {"adapter": {"rank": 16}}))
+        quantized = {"rank": 16, "quantize_base": True}
+        changes.append(("adapter.kind=lora adapter.rank=16 adapter.quantize_base=True", {"adapter": quantized}))
     yield "to change     each alone, GiB of a GPU"
     for text, change in changes:
         yield _remedy(text, case.memory(**change), case.gpu)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchtune import training, utils
@@ -22,6 +22,7 @@ from torchtune_agent import __version__, redaction
 from torchtune_agent.config import check_components, trust
 from torchtune_agent.distributed import World, make_mesh, on_main, process_group, rank_from_environment, together
 from torchtune_agent.errors import UserError
+from torchtune_agent.models.new_tokens import model_with
 from torchtune_agent.screen import shown
 from torchtune_agent.training.notes import Note
 from torchtune_agent.training.progress import Progress
@@ -139,13 +140,16 @@ def _run(
     settings = settings.model_copy(update={"seed": seed})
     cfg.seed = seed
     say(f"torchtune_agent {__version__}: {name} on {size} x {device.type}, {settings.dtype}, seed {seed}")
-    parts = together(lambda: build(Run(cfg, settings, world, say)))
+    model_dir = on_main(lambda: model_with(settings.tool_call_special_tokens, settings.model_dir, settings.output_dir))
+    built = OmegaConf.merge(cfg, {"model_dir": model_dir})  # what is logged and compared stays as the user gave it
+    assert isinstance(built, DictConfig)
+    parts = together(lambda: build(Run(built, settings, world, say)))
     say(f"model         {_size_of(parts.model)}")
     manifest = on_main(lambda: manifest_of_run(cfg, settings, parts, size))
     on_main(lambda: prepare_folders(checkpoint, cfg, settings, manifest, say))
     progress = together(lambda: Progress(cfg, settings, world, say, continues=checkpoint is not None))
     try:
-        Trainer(cfg, settings, world, parts, progress, request, watch, manifest, checkpoint).train()
+        Trainer(built, settings, world, parts, progress, request, watch, manifest, checkpoint).train()
     except BaseException:
         progress.abandon()
         raise

@@ -59,6 +59,8 @@ class Settings(BaseModel):
     resume_from_checkpoint: StrictBool | Literal["auto"] | Path = False
     resume_override: list[str] = []  # keys whose new values a resumed run is to go on with
     freeze: list[str] = []  # patterns of names of weights that stay as they are
+    # New tokens for the model in model_dir, each with a description whose tokens tell what it starts from, or without
+    tool_call_special_tokens: list[str] | dict[str, str | None] = []
     # Steps
     epochs: int = 1
     max_steps_per_epoch: int | None = None

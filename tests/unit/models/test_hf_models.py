@@ -13,6 +13,7 @@ from torchtune import training
 from torchtune.models.llama3 import llama3
 
 from tests.hf_models import CASES, SIZES, assert_same_logits, load_ours, save_random, train
+from tests.published_models import PUBLISHED
 from torchtune_agent.errors import UserError
 from torchtune_agent.models import FAMILIES, Architecture, HFCheckpointer, hf_model
 from torchtune_agent.toolworld import TOKENIZER_DIR
@@ -176,22 +177,8 @@ def test_weights_with_adapters_are_not_a_folder_to_load(tmp_path: Path) -> None:
         saver.save_checkpoint({training.MODEL_KEY: {"layers.0.attn.q_proj.lora_a.weight": torch.zeros(1)}}, epoch=0)
 
 
-# model_type, vocabulary, hidden, MLP, layers, heads, key heads, further keys, and the parameters it is published with
-PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int, dict[str, Any], int]] = {
-    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, {}, 7_615_616_512),
-    "Qwen3-0.6B": ("qwen3", 151936, 1024, 3072, 28, 16, 8, {"head_dim": 128, "tie_word_embeddings": True}, 596_049_920),
-    "Qwen3-32B": ("qwen3", 151936, 5120, 25600, 64, 64, 8, {"head_dim": 128}, 32_762_123_264),
-    "Llama-3.1-8B": ("llama", 128256, 4096, 14336, 32, 32, 8, {}, 8_030_261_248),
-    "Mistral-7B-v0.3": ("mistral", 32768, 4096, 14336, 32, 32, 8, {}, 7_248_023_552),
-    "SmolLM3-3B": ("smollm3", 128256, 2048, 11008, 36, 16, 4, {}, 3_075_098_624),
-}
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_their_published_parameters(name: str, tmp_path: Path) -> None:
-    kind, vocabulary, hidden, mlp, layers, heads, key_heads, further, expected = PUBLISHED[name]
-    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "max_position_embeddings": 4096}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes, **further}))
     with torch.device("meta"):
-        assert sum(p.numel() for p in hf_model(str(tmp_path)).parameters()) == expected
+        model = hf_model(str(PUBLISHED[name].save(tmp_path)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name].num_parameters
