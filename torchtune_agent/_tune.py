@@ -35,6 +35,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
     "agent_data_check": (),
     "agent_plan": (),
+    "agent_export": (),
 }
 
 
