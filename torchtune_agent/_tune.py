@@ -36,6 +36,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
     "agent_data_check": (),
     "agent_plan": (),
+    "agent_export": (),
 }
 
 

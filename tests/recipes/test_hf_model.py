@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests import tune
 from tests.hf_models import CASES, save_random
 from tests.tune import train
 from torchtune_agent.toolworld import TOKENIZER_DIR
@@ -57,8 +58,20 @@ def test_a_folder_is_trained_resumed_and_loaded_by_transformers(tmp_path: Path) 
     assert not any(report.values()), report
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.items())
 
-    shutil.rmtree(weights / "epoch_1")
     first_epoch = tmp_path / "out" / "checkpoints" / "step_1"
+    export = tune.run(
+        "run",
+        "agent_export",
+        "--config",
+        str(tmp_path / "out" / "logs" / "config.yaml"),
+        "export.checkpoint=step_1",
+        cwd=tmp_path,
+    )
+    assert export.returncode == 0, export.stderr[-3000:]
+    for name, tensor in load_file(weights / "step_1" / "model.safetensors").items():  # of both ranks
+        assert torch.equal(tensor, first[name])
+
+    shutil.rmtree(weights / "epoch_1")
     again = train(
         *given, f"resume_from_checkpoint={first_epoch}", "batch_size=4", cwd=tmp_path, config=str(CONFIG), processes=1
     )

@@ -47,8 +47,9 @@ class History:
             self.add(row)
 
     @classmethod
-    def read(cls, path: Path) -> "History":
-        """Read a `metrics.jsonl`, also while a run is writing to it: a last line without its end is left for later."""
+    def read(cls, path: Path, until: int | None = None) -> "History":
+        """Read a `metrics.jsonl`, also while a run is writing to it: a last line without its end is left for later.
+        Rows of steps after `until` are passed over."""
         history = cls()
         try:
             with path.open(encoding="utf-8") as lines:
@@ -56,7 +57,9 @@ class History:
                     if not line.endswith("\n"):
                         break
                     try:
-                        history.add(json.loads(line))
+                        row = json.loads(line)
+                        if until is None or row["step"] <= until:
+                            history.add(row)
                     except (ValueError, KeyError, TypeError, AttributeError) as error:
                         raise UserError(f"{path}:{number}: not a row of metrics. Take the line out.") from error
         except OSError as error:

@@ -31,6 +31,23 @@ def class_table(history: History, split: str) -> str:
     return aligned(lines)
 
 
+def latest_table(history: History, split: str) -> tuple[int, str] | None:
+    """The step of `split`'s last metrics, and a Markdown table of them; None where there are none."""
+    overall = history.get(split, "overall", "nll")
+    if overall is None:
+        return None
+    step = overall.steps[-1]
+    lines = [["", "tokens", *(title for _, title, _ in _COLUMNS)], ["---", *["---:"] * (len(_COLUMNS) + 1)]]
+    for group in GROUPS:
+        count = history.get(split, group, "num_tokens")
+        if count is None or count.steps[-1] != step:  # it had no token then
+            continue
+        curves = [(history.get(split, group, key), spec) for key, _, spec in _COLUMNS]
+        cells = [f"{curve.values[-1]:{spec}}" if curve else "" for curve, spec in curves]
+        lines.append([group.replace("_", " "), f"{count.values[-1]:,.0f}", *cells])
+    return step, "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _change(curve: Curve | None, spec: str) -> str:
     return f"{curve.values[0]:{spec}} → {curve.values[-1]:{spec}}" if curve else ""
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torchtune import training
 
+from torchtune_agent.errors import UserError
 from torchtune_agent.models.architecture import Architecture
 from torchtune_agent.models.conversion import Conversion
 from torchtune_agent.models.weights import INDEX, SINGLE, HFWeights
 
 # What a folder needs beside its weights to be loaded, spoken to and shared
-_COMPANIONS = (
-    "generation_config.json",
+_OF_MODEL = ("generation_config.json", "LICENSE*")
+_OF_TOKENIZER = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -25,7 +26,6 @@ _COMPANIONS = (
     "added_tokens.json",
     "chat_template*",
     "additional_chat_templates/*",
-    "LICENSE*",
 )
 
 
@@ -52,36 +52,64 @@ class HFCheckpointer:
         self, state_dict: dict[str, Any], epoch: int, intermediate_checkpoint: bool = False, adapter_only: bool = False
     ) -> None:
         """Write `epoch_N`. The other arguments are those of torchtune's checkpointers, and ask for nothing here."""
-        folder = self._output_dir / f"epoch_{epoch}"
-        save_hf_folder(state_dict[training.MODEL_KEY], folder, self.model_dir, max_shard_bytes=self._max_shard_bytes)
+        self.save_folder(state_dict[training.MODEL_KEY], f"epoch_{epoch}")
+
+    def save_folder(
+        self, weights: Mapping[str, torch.Tensor], name: str, *, tokenizer_dir: Path | None = None, card: str = ""
+    ) -> Path:
+        """Write `weights` as `output_dir/NAME` (see `save_hf_folder`), and return that."""
+        folder, max_bytes = self._output_dir / name, self._max_shard_bytes
+        save_hf_folder(
+            weights, folder, self.model_dir, max_shard_bytes=max_bytes, tokenizer_dir=tokenizer_dir, card=card
+        )
+        return folder
 
 
 def save_hf_folder(
-    weights: Mapping[str, torch.Tensor], folder: Path, model_dir: Path, *, max_shard_bytes: int = 5_000_000_000
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    model_dir: Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer_dir: Path | None = None,
+    card: str = "",
 ) -> None:
     """Write `weights` (in our names) as a checkpoint like the one in `model_dir`, in `folder`.
 
-    Tensors are converted and written one file at a time. The folder appears under its name when it is complete.
+    Tensors are converted and written one file at a time. The folder appears under its name when it is complete. The
+    tokenizer is that of `tokenizer_dir`, or of the model; `card` is its README.md.
     """
+    if folder.resolve() == model_dir.resolve():
+        raise UserError(f"{folder}: this is the base model, which is not overwritten. Name another output_dir.")
     conversion = Conversion(Architecture.from_folder(model_dir))
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     _write_weights(weights, conversion, unfinished, max_shard_bytes)
     _write_config(weights, unfinished, model_dir)
-    copy_companions(model_dir, unfinished)
+    copy_model_files(model_dir, unfinished)
+    copy_tokenizer_files(tokenizer_dir or model_dir, unfinished)
+    if card:
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
 
 
-def copy_companions(model_dir: Path, folder: Path) -> None:
-    """Copy what makes a folder a model beside weights and `config.json`: tokenizer, templates, generation config."""
-    for pattern in _COMPANIONS:
-        for source in model_dir.glob(pattern):
-            if source.is_file():
-                target = folder / source.relative_to(model_dir)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, target)
+def copy_model_files(model_dir: Path, folder: Path) -> None:
+    """What belongs to a model beside its weights, `config.json` and tokenizer."""
+    _copy(_OF_MODEL, model_dir, folder)
+
+
+def copy_tokenizer_files(tokenizer_dir: Path, folder: Path) -> None:
+    _copy(_OF_TOKENIZER, tokenizer_dir, folder)
+
+
+def _copy(patterns: Iterable[str], source: Path, target: Path) -> None:
+    for path in (found for pattern in patterns for found in source.glob(pattern)):
+        if path.is_file():
+            copied = target / path.relative_to(source)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copied)
 
 
 def _write_weights(

@@ -107,4 +107,9 @@ class Conversion:
         heads = self._heads(name)
         if heads is None:
             return tensor
+        if len(tensor) != heads * pairs[0] * pairs[1]:
+            raise UserError(
+                f"model_dir: {name!r} has {len(tensor)} rows, and the model's config.json says "
+                f"{heads * pairs[0] * pairs[1]}. Use weights, or an adapter, that belong to the model."
+            )
         return tensor.unflatten(0, (heads, *pairs)).transpose(1, 2).flatten(0, 2)

@@ -31,7 +31,7 @@ def load_weights(
     _check(wanted, source)
     place = torch.device("cpu") if cpu_offload else device
     model.load_state_dict(
-        {name: _load_like(like, source, name, place) for name, like in wanted.items()}, strict=True, assign=True
+        {name: load_like(like, source, name, place) for name, like in wanted.items()}, strict=True, assign=True
     )
 
 
@@ -55,7 +55,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
 
 
-def _load_like(like: torch.Tensor, source: Weights, name: str, place: torch.device) -> torch.Tensor:
+def load_like(like: torch.Tensor, source: Weights, name: str, place: torch.device) -> torch.Tensor:
+    """A weight of `source` with the type, the quantization and the sharding of `like`, which may be on meta."""
     if not isinstance(like, DTensor):
         tensor = source[name].to(place, like.dtype, copy=True)
         return _quantized(tensor, like) if isinstance(like, NF4Tensor) else tensor

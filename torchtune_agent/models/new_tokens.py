@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 
 from torchtune_agent.errors import UserError
-from torchtune_agent.models.checkpointer import copy_companions
+from torchtune_agent.models.checkpointer import copy_model_files, copy_tokenizer_files
 from torchtune_agent.models.weights import INDEX, files_by_name, open_safetensors
 
 _FILE = "model-token-rows.safetensors"
@@ -50,7 +50,8 @@ def extend_folder(model_dir: Path, tokens: Mapping[str, str | None], folder: Pat
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    copy_companions(model_dir, unfinished)
+    copy_model_files(model_dir, unfinished)
+    copy_tokenizer_files(model_dir, unfinished)
     tokenizer.save(str(unfinished / "tokenizer.json"))
     files = files_by_name(model_dir)
     matrices = {}

@@ -68,6 +68,7 @@ class Manifest:
     data: dict[str, str]  # fingerprints of the data sets' samples
     owes_validation: bool = False  # the run was stopped before a validation that is due at this step
     best: Best | None = None  # so far
+    recipe: str = ""
     files: dict[str, Stored] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -126,6 +127,15 @@ class Checkpoint:
         if found.size != known.size:
             return f"{name} has {found.size:,} bytes, was written with {known.size:,}"
         return None if found == known else f"{name} has changed: its SHA-256 is not the one it was written with"
+
+    @classmethod
+    def verified(cls, path: Path) -> "Checkpoint":
+        """The checkpoint at `path`, every file of it read and compared, by this process alone."""
+        checkpoint = cls.open(path)
+        for name in sorted(checkpoint.manifest.files):
+            if (problem := checkpoint.problem_of(name)) is not None:
+                raise Damaged(problem)
+        return checkpoint
 
 
 class CheckpointFolder:

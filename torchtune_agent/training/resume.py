@@ -36,10 +36,12 @@ _FREE = (
     "keep_last_n_checkpoints",
     "keep_best",
     "enable_async_checkpointing",
+    "export_every_n_steps",
     "metric_logger",
     "profiler",
     "check",
     "plan",
+    "export",
     "log_every_n_steps",
     "log_peak_memory_stats",
     "log_detailed_metrics_every_n_steps",
@@ -126,7 +128,7 @@ def kept_config(cfg: DictConfig, settings: Settings) -> dict[str, Any]:
     return redacted({**resolved(cfg), **settings.model_dump(mode="json")})
 
 
-def manifest_of_run(cfg: DictConfig, settings: Settings, parts: Parts, world_size: int) -> Manifest:
+def manifest_of_run(recipe: str, cfg: DictConfig, settings: Settings, parts: Parts, world_size: int) -> Manifest:
     """What every checkpoint of a run says of it."""
     data = {"dataset": parts.train, "dataset_val": parts.validation}
     return Manifest(
@@ -137,6 +139,7 @@ def manifest_of_run(cfg: DictConfig, settings: Settings, parts: Parts, world_siz
         version=__version__,
         config=kept_config(cfg, settings),
         data={name: source.fingerprint() for name, source in data.items() if isinstance(source, Known)},
+        recipe=recipe,
     )
 
 
@@ -183,10 +186,7 @@ def _say_where(checkpoint: Checkpoint, now: Manifest, say: Callable[[str], None]
 def check_unchanged(checkpoint: Checkpoint, settings: Settings, now: Manifest) -> None:
     """Refuse to go on where config or data are not those of the checkpoint, unless the user names what is new."""
     then = checkpoint.manifest
-    old, new = (dict(_flat(manifest.config)) for manifest in (then, now))
-    changed = {
-        key: f"{_shown(old, key)} → {_shown(new, key)}" for key in {**old, **new} if old.get(key) != new.get(key)
-    }
+    changed = changes(then.config, now.config)
     if then.rows_per_step == now.rows_per_step:
         changed = {key: change for key, change in changed.items() if key not in _STEP}
     for key in sorted({*then.data, *now.data}):
@@ -203,6 +203,13 @@ def check_unchanged(checkpoint: Checkpoint, settings: Settings, now: Manifest) -
         + more
         + f"\nSet them back, or go on with the new ones: resume_override=[{','.join(_sections(refused))}]"
     )
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Every dotted key that two configs do not say the same of, and what they say."""
+    then, now = dict(_flat(old)), dict(_flat(new))
+    different = (key for key in {**then, **now} if then.get(key) != now.get(key))
+    return {key: f"{_shown(then, key)} → {_shown(now, key)}" for key in different}
 
 
 def _sections(keys: list[str]) -> list[str]:

@@ -145,7 +145,7 @@ def _run(
     assert isinstance(built, DictConfig)
     parts = together(lambda: build(Run(built, settings, world, say)))
     say(f"model         {_size_of(parts.model)}")
-    manifest = on_main(lambda: manifest_of_run(cfg, settings, parts, size))
+    manifest = on_main(lambda: manifest_of_run(name, cfg, settings, parts, size))
     on_main(lambda: prepare_folders(checkpoint, cfg, settings, manifest, say))
     progress = together(lambda: Progress(cfg, settings, world, say, continues=checkpoint is not None))
     try:

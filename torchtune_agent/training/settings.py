@@ -33,7 +33,7 @@ COMPONENT_KEYS = {
     "tensor_parallel_plan",
     "adapter",
 }
-OTHER_SECTIONS = {"check", "plan"}  # read by agent_data_check and agent_plan: one file serves all
+OTHER_SECTIONS = {"check", "plan", "export"}  # read by agent_data_check, agent_plan, agent_export: one file serves all
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
 
 
@@ -102,6 +102,7 @@ class Settings(BaseModel):
     keep_last_n_checkpoints: int = 2
     keep_best: str | None = None  # a metric of validation; its best checkpoint is saved, and never removed
     enable_async_checkpointing: bool = False
+    export_every_n_steps: int | None = None  # write a folder to load and serve every so many steps, too
     # Packages and dotted paths that components may come from, beside torch, torchtune, torchao and torchtune_agent
     trusted_components: list[str] = []
     cudnn_deterministic_mode: int | str | None = None
@@ -140,6 +141,7 @@ class Settings(BaseModel):
             "run_val_every_n_steps",
             "save_every_n_steps",
             "keep_last_n_checkpoints",
+            "export_every_n_steps",
             "tensor_parallel_dim",
             "log_every_n_steps",
             "log_detailed_metrics_every_n_steps",

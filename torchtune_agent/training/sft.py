@@ -1,6 +1,7 @@
 """The parts of supervised fine-tuning, shared by every recipe that trains on conversations."""
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ def _datasets(run: Run, key: str, tokenizer: Any, model: nn.Module) -> list[Any]
             _check_against_model(dataset, name, tokenizer, model)
         datasets.append(dataset)
     reports = [dataset.report for dataset in datasets if isinstance(dataset, AgentSFTDataset)]
+    if run.world.is_main:
+        _keep_counts(key, sum(reports, DataReport()) if len(reports) == len(datasets) else None, run.settings)
     if reports and run.world.is_main:
         say_report(key, sum(reports, DataReport()), run.settings.output_dir, run.say)
         for folder in {dataset.folder for dataset in datasets if isinstance(dataset, AgentSFTDataset)} - {None}:
@@ -83,6 +86,20 @@ def say_report(key: str, report: DataReport, output_dir: Path, say: Callable[[st
         path = output_dir / "logs" / f"quarantine_{key}.jsonl"
         write_quarantine(report.left_out, path)
         say(f"              all of them: {path}")
+
+
+def counts_path(output_dir: Path, key: str) -> Path:
+    """Where a run keeps the counts of its data, for the model's card."""
+    return output_dir / "logs" / f"counts_{key}.json"
+
+
+def _keep_counts(key: str, report: DataReport | None, settings: Settings) -> None:
+    path = counts_path(settings.output_dir, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if report is None:  # what another run here has left says nothing of this one
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(json.dumps(report.to_json() | {"left_out": len(report.left_out)}) + "\n", encoding="utf-8")
 
 
 def check_not_empty(dataset: Any, key: str) -> None:

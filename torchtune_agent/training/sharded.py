@@ -6,7 +6,8 @@ that holds anything but tensors, or names files elsewhere, is refused.
 """
 
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,12 @@ def read_layout(folder: Path) -> Metadata:
 class _Reader(FileSystemReader):
     """Reads the layout with `read_layout`, and tensors as torch does it, `weights_only`."""
 
+    def __init__(self, folder: Path, layout: Metadata | None = None) -> None:
+        super().__init__(folder)
+        self._layout = layout
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        layout = read_layout(Path(self.path))
+        layout = self._layout or read_layout(Path(self.path))
         layout.storage_meta = StorageMeta(load_id=self.load_id)
         return layout
 
@@ -100,13 +105,43 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessG
         raise RuntimeError(f"saving failed: {error}") from error
 
 
-def load(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Fill `tensors`, which have the shapes they were saved with, on every rank at the same time."""
+def load(
+    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None, layout: Metadata | None = None
+) -> None:
+    """Fill `tensors`, which have the shapes they were saved with, on every rank at the same time; None: in this process
+    alone. `layout` is the folder's, where it was read already."""
+    alone: dict[str, Any] = {"no_dist": True} if group is None else {"process_group": group}
     try:
-        load_state_dict(tensors, storage_reader=_Reader(folder), planner=_Planner(), process_group=group)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
+            load_state_dict(tensors, storage_reader=_Reader(folder, layout), planner=_Planner(), **alone)
     except CheckpointException as error:  # not an Exception
         cause = next(failure for failure, _ in error.failures.values())
         raise Damaged(f"its tensors cannot be loaded ({type(cause).__name__}: {cause})") from error
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors in a folder, put together from all ranks' shards, each when it is asked for. Needs no group."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._layout = read_layout(folder)
+        self._stored: dict[str, Any] = dict(self._layout.state_dict_metadata)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._stored[name].size)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        tensors = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
+        load(self._folder, tensors, None, self._layout)
+        return tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def _is_of_disk(error: BaseException) -> bool:

@@ -55,6 +55,8 @@ class Position:
     steps_in_epoch: int = 0
     rows: int = 0  # trained in the epoch that has begun
     owes_validation: bool = False  # what is due after this step, the epoch's end included, is still to be done
+    tokens: int = 0  # of all steps, on all ranks
+    supervised: int = 0  # of these, those that were trained
 
     def advance(self, source: BatchSource) -> None:
         """One more step of the epoch is done."""

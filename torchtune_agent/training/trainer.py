@@ -25,6 +25,7 @@ from torchtune_agent.metrics.detail import LEDGER, Detail, merged
 from torchtune_agent.metrics.names import metric_name
 from torchtune_agent.metrics.sums import Sums
 from torchtune_agent.metrics.tracker import DetailedMetricsTracker
+from torchtune_agent.training.card import Trained
 from torchtune_agent.training.checkpoints import Checkpoint, Manifest
 from torchtune_agent.training.faults import FiniteGuard
 from torchtune_agent.training.optimizer import Stepper
@@ -138,7 +139,7 @@ class Trainer:
         for epoch in range(self.position.epoch, self.settings.epochs):
             self.model.train()
             left = steps_left_in_epoch(self.position, self.parts.train, self.settings)
-            if left and self.position.owes_validation:
+            if left and (self.position.owes_validation or self._owes_export()):
                 self._settle()
             batches = self.parts.train.epoch(epoch, self.position.rows)
             for number, micro_batches in enumerate(islice(batches, left), start=1):
@@ -154,24 +155,38 @@ class Trainer:
         self.progress.finish(self.weights.folder, self.saver.folder.path, self.saver.stalled)
 
     def _settle(self) -> None:
-        """In the midst of an epoch: validate where that is due, stop where that was asked, save where that is due."""
+        """In the midst of an epoch: validate where that is due, stop where that was asked, export and save where that
+        is due."""
         validated = None
         if self.position.owes_validation and not self.asked_to_stop:
             validated = self._evaluate()
         if self.asked_to_stop:
             self._stop()
+        if self.weights.export_is_due(self.global_step):
+            self._write_weights(f"of step {self.global_step}", None)
         if self.saver.is_due(self.global_step, validated):
             self._save()
+
+    def _owes_export(self) -> bool:
+        """Whether the run was stopped in the midst of an epoch, before an export that was due."""
+        return self.position.steps_in_epoch > 0 and self.weights.lack_export(self.global_step)
+
+    def _write_weights(self, which: str, epoch: int | None) -> None:
+        """Write the model as it is now, after `epoch`, or between two steps."""
+        self.progress.say(f"step {self.global_step}: writing the weights {which}")
+        started = time.perf_counter()
+        at = self.position
+        now = replace(self._manifest, step=at.step, epoch=at.epoch if epoch is None else epoch + 1)
+        trained = Trained(now, at.tokens, at.supervised, self.settings.output_dir / "logs")
+        self.weights.write(self.model, trained, epoch)
+        self.throughput.pause(time.perf_counter() - started)
 
     def _end_epoch(self, epoch: int) -> None:
         """A run that is stopped here has its epoch's end before it."""
         validated = None if self.asked_to_stop else self._evaluate()
         if self.asked_to_stop:
             self._stop()
-        self.progress.say(f"step {self.global_step}: writing the weights of epoch {epoch}")
-        started = time.perf_counter()
-        self.weights.write(self.model, epoch)
-        self.throughput.pause(time.perf_counter() - started)
+        self._write_weights(f"of epoch {epoch}", epoch)
         self.position.end_epoch()
         self.saver.is_due(self.global_step, validated)  # it is; this remembers the best
         self._save()
@@ -266,6 +281,8 @@ class Trainer:
         (num_targets, *tokens), self.asked_to_stop = self.world.tally(totals, self.request.by is not None)
         if training:
             self.throughput.add(*tokens)
+            self.position.tokens += int(tokens[0])
+            self.position.supervised += int(tokens[1])
         return num_targets
 
     def _log_step(self, sums: Sums, num_targets: float, measured: bool, norm: torch.Tensor | None) -> None:

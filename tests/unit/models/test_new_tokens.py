@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from omegaconf import OmegaConf
 
 from tests.hf_models import load_ours, save_random
 from tests.training_runs import CONFIG, launch
@@ -16,6 +17,7 @@ from torchtune_agent.data import chat_template_tokenizer
 from torchtune_agent.errors import UserError
 from torchtune_agent.models.new_tokens import extend_folder, model_with
 from torchtune_agent.toolworld import TOKENIZER_DIR
+from torchtune_agent.training.export import export
 
 TOKENS = {"<plan>": "the steps to take", "</plan>": None}
 
@@ -97,3 +99,8 @@ def test_they_are_trained_split_over_ranks_resumed_and_saved_with_the_tokenizer(
     began = load_ours(run.out / "model_with_new_tokens", tmp_path).tok_embeddings.weight
     token = transformers.AutoTokenizer.from_pretrained(saved).convert_tokens_to_ids("<function=")
     assert encoded == [token] and not torch.allclose(trained[token], began[token], atol=1e-3)
+    given: Any = OmegaConf.load(run.out / "logs" / "config.yaml")
+    assert given.model_dir == str(base)  # what the user gave
+    export(given)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(run.out / "model" / "step_12")
+    assert torch.equal(exported.get_input_embeddings().weight, trained)
