@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 
@@ -24,17 +25,26 @@ _MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 _MULTIPLE = 64  # of rows: matrices are split over ranks, and run fastest in whole blocks
 
 
-def model_with(tokens: Sequence[str] | Mapping[str, str | None], model_dir: str | None, output_dir: Path) -> str | None:
-    """The folder of the model with the new `tokens`: one written in `output_dir`, or without tokens `model_dir`."""
+def with_new_tokens(cfg: DictConfig, tokens: Sequence[str] | Mapping[str, str | None], output_dir: Path) -> DictConfig:
+    """`cfg` with a model that has the new `tokens`, written in `output_dir`, in every place that named `cfg.model_dir`."""
     if not tokens:
-        return model_dir
-    if model_dir is None:
+        return cfg
+    base = cfg.get("model_dir")
+    if base is None:
         raise UserError(
             "tool_call_special_tokens: needs model_dir, the folder of the model. Start from the config hf/agent_sft."
         )
     folder = output_dir / "model_with_new_tokens"
-    extend_folder(Path(model_dir), tokens if isinstance(tokens, Mapping) else dict.fromkeys(tokens), folder)
-    return str(folder)
+    extend_folder(Path(base), tokens if isinstance(tokens, Mapping) else dict.fromkeys(tokens), folder)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [replaced(item) for item in value]
+        return str(folder) if value == base else value
+
+    return OmegaConf.create(replaced(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def extend_folder(model_dir: Path, tokens: Mapping[str, str | None], folder: Path) -> None:

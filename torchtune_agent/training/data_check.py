@@ -38,7 +38,7 @@ from torchtune_agent.data.inspection import (
 from torchtune_agent.data.joined import JoinedDataset
 from torchtune_agent.data.token_text import Vocabulary, vocabulary
 from torchtune_agent.errors import UserError
-from torchtune_agent.models.new_tokens import model_with
+from torchtune_agent.models.new_tokens import with_new_tokens
 from torchtune_agent.screen import shown
 from torchtune_agent.training.run import make_output_dir
 from torchtune_agent.training.settings import COMPONENT_KEYS, OTHER_SECTIONS, Settings, checked
@@ -64,7 +64,6 @@ class CheckSettings(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     output_dir: Path
-    model_dir: str | None = None
     tool_call_special_tokens: list[str] | dict[str, str | None] = []
     enable_token_classification: bool = True
     trusted_components: list[str] = []
@@ -91,8 +90,7 @@ def check_data(cfg: DictConfig) -> None:
     settings = CheckSettings.from_config(cfg)
     trust(settings.trusted_components)
     make_output_dir(settings.output_dir)
-    cfg = cfg.copy()
-    cfg.model_dir = model_with(settings.tool_call_special_tokens, settings.model_dir, settings.output_dir)
+    cfg = with_new_tokens(cfg, settings.tool_call_special_tokens, settings.output_dir)
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     known = vocabulary(tokenizer)
     if isinstance(sys.stdout, TextIOWrapper):

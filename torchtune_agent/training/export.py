@@ -22,7 +22,7 @@ from torchtune_agent.models import Conversion, HeldWeights, HFCheckpointer, HFWe
 from torchtune_agent.models.adapter import PARTS, AdapterSettings
 from torchtune_agent.models.adapter_weights import merge_adapters
 from torchtune_agent.models.loading import load_like
-from torchtune_agent.models.new_tokens import model_with
+from torchtune_agent.models.new_tokens import with_new_tokens
 from torchtune_agent.models.peft_format import load_peft
 from torchtune_agent.screen import shown
 from torchtune_agent.training.adapters import parameter_setup
@@ -60,8 +60,7 @@ def export(cfg: DictConfig) -> None:
     settings = Settings.from_config(cfg, for_this_machine=False)
     trust(settings.trusted_components)
     check_components(cfg)
-    if settings.tool_call_special_tokens:
-        cfg.model_dir = model_with(settings.tool_call_special_tokens, settings.model_dir, settings.output_dir)
+    cfg = with_new_tokens(cfg, settings.tool_call_special_tokens, settings.output_dir)
     print(f"torchtune_agent {__version__}: agent_export", flush=True)
     output_dir = options.output_dir or settings.output_dir
     own = cfg.checkpointer.get("output_dir") if options.output_dir is None else None

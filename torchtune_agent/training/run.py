@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchtune import training, utils
@@ -22,7 +22,7 @@ from torchtune_agent import __version__, redaction
 from torchtune_agent.config import check_components, trust
 from torchtune_agent.distributed import World, make_mesh, on_main, process_group, rank_from_environment, together
 from torchtune_agent.errors import UserError
-from torchtune_agent.models.new_tokens import model_with
+from torchtune_agent.models.new_tokens import with_new_tokens
 from torchtune_agent.screen import shown
 from torchtune_agent.training.notes import Note
 from torchtune_agent.training.progress import Progress
@@ -140,9 +140,8 @@ def _run(
     settings = settings.model_copy(update={"seed": seed})
     cfg.seed = seed
     say(f"torchtune_agent {__version__}: {name} on {size} x {device.type}, {settings.dtype}, seed {seed}")
-    model_dir = on_main(lambda: model_with(settings.tool_call_special_tokens, settings.model_dir, settings.output_dir))
-    built = OmegaConf.merge(cfg, {"model_dir": model_dir})  # what is logged and compared stays as the user gave it
-    assert isinstance(built, DictConfig)
+    # What is logged, and compared when the run is resumed, stays as the user gave it.
+    built = on_main(lambda: with_new_tokens(cfg, settings.tool_call_special_tokens, settings.output_dir))
     parts = together(lambda: build(Run(built, settings, world, say)))
     say(f"model         {_size_of(parts.model)}")
     manifest = on_main(lambda: manifest_of_run(name, cfg, settings, parts, size))

@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tests.hf_models import load_ours, save_random
 from tests.training_runs import CONFIG, launch
 from torchtune_agent.data import chat_template_tokenizer
 from torchtune_agent.errors import UserError
-from torchtune_agent.models.new_tokens import extend_folder, model_with
+from torchtune_agent.models.new_tokens import extend_folder, with_new_tokens
 from torchtune_agent.toolworld import TOKENIZER_DIR
 from torchtune_agent.training.export import export
 
@@ -74,9 +74,9 @@ def test_rows_that_are_there_already_are_used(base: Path, tmp_path: Path) -> Non
 )
 def test_what_is_no_new_token_is_refused(base: Path, tmp_path: Path, tokens: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"tool_call_special_tokens: .*{message}"):
-        model_with(tokens, str(base), tmp_path)
+        with_new_tokens(DictConfig({"model_dir": str(base)}), tokens, tmp_path)
     with pytest.raises(UserError, match="needs model_dir"):
-        model_with(tokens, None, tmp_path)
+        with_new_tokens(DictConfig({}), tokens, tmp_path)
 
 
 @pytest.mark.distributed
