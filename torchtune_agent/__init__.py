@@ -8,7 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchtune_agent.api.config import AgentSFTConfig, RLTrainingConfig
+    from torchtune_agent.api.references import register_data
+    from torchtune_agent.api.results import EvalResult, TrainingResult
+    from torchtune_agent.api.running import TrainingStopped
+    from torchtune_agent.api.trainer import AgentSFTTrainer
     from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform, TokenClass
+    from torchtune_agent.errors import UserError
     from torchtune_agent.metrics import DetailedMetricsTracker
     from torchtune_agent.toolworld import ToolWorld
     from torchtune_agent.training import Trainer
@@ -16,6 +22,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AgentSFTConfig": "torchtune_agent.api.config",
+    "AgentSFTTrainer": "torchtune_agent.api.trainer",
+    "EvalResult": "torchtune_agent.api.results",
+    "RLTrainingConfig": "torchtune_agent.api.config",
+    "TrainingResult": "torchtune_agent.api.results",
+    "TrainingStopped": "torchtune_agent.api.running",
+    "UserError": "torchtune_agent.errors",
+    "register_data": "torchtune_agent.api.references",
     "AgentSFTDataset": "torchtune_agent.data",
     "AgentSFTTransform": "torchtune_agent.data",
     "TokenClass": "torchtune_agent.data",
@@ -25,13 +39,21 @@ _HOME = {
 }
 
 __all__ = [
+    "AgentSFTConfig",
     "AgentSFTDataset",
+    "AgentSFTTrainer",
     "AgentSFTTransform",
     "DetailedMetricsTracker",
+    "EvalResult",
+    "RLTrainingConfig",
     "TokenClass",
     "ToolWorld",
     "Trainer",
+    "TrainingResult",
+    "TrainingStopped",
+    "UserError",
     "__version__",
+    "register_data",
 ]
 
 

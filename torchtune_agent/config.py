@@ -37,6 +37,11 @@ def trust(names: Iterable[str]) -> None:
     _trusted_by_user[:] = names
 
 
+def trusted_packages() -> list[str]:
+    """What `trust` was last given."""
+    return list(_trusted_by_user)
+
+
 def component(path: str, key: str) -> Any:
     """The object a dotted path names; `key` is where the config says so. Refused unless it is a callable of a package
     that is trusted: by its name, before anything is imported, and by where it was really defined."""

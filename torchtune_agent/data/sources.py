@@ -127,7 +127,14 @@ class Source:
             return self.name
         from datasets import load_dataset
 
-        return load_dataset(self.name, data_files=self.data_files, split=self.split, **self.options)
+        try:
+            return load_dataset(self.name, data_files=self.data_files, split=self.split, **self.options)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"dataset.source={self.name}: cannot be loaded: {reason}. Check the name, the split and the network, "
+                "or name files instead: source=json with data_files."
+            ) from error
 
     def fingerprint(self, memory: Path) -> Any:
         """Of all that is read, see `fingerprint.of_file`."""

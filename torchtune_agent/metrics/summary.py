@@ -18,14 +18,14 @@ _COLUMNS = (
 _PARTS = ("think", "call_syntax", "call_name", "arg_name", "arg_value")
 
 
-def class_table(history: History, split: str) -> str:
+def class_table(history: History, split: str, *, with_first: bool = True) -> str:
     """A text table of `split`'s metrics: for every class its first value in the run, an arrow, and its last."""
     lines = [["", "tokens", *(title for _, title, _ in _COLUMNS)]]
     for group in GROUPS:
         count = history.get(split, group, "num_tokens")
         if count is None:
             continue
-        cells = [_change(history.get(split, group, key), spec) for key, _, spec in _COLUMNS]
+        cells = [_change(history.get(split, group, key), spec, with_first) for key, _, spec in _COLUMNS]
         name = ("  " if group in _PARTS else "") + group.replace("_", " ")
         lines.append([name, f"{count.values[-1]:,.0f}", *cells])
     return aligned(lines)
@@ -48,8 +48,11 @@ def latest_table(history: History, split: str) -> tuple[int, str] | None:
     return step, "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _change(curve: Curve | None, spec: str) -> str:
-    return f"{curve.values[0]:{spec}} → {curve.values[-1]:{spec}}" if curve else ""
+def _change(curve: Curve | None, spec: str, with_first: bool) -> str:
+    if not curve:
+        return ""
+    last = f"{curve.values[-1]:{spec}}"
+    return f"{curve.values[0]:{spec}} → {last}" if with_first else last
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

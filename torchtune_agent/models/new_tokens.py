@@ -26,7 +26,7 @@ _MULTIPLE = 64  # of rows: matrices are split over ranks, and run fastest in who
 
 
 def with_new_tokens(cfg: DictConfig, tokens: Sequence[str] | Mapping[str, str | None], output_dir: Path) -> DictConfig:
-    """`cfg` with a model that has the new `tokens`, written in `output_dir`, in every place that named `cfg.model_dir`."""
+    """`cfg` with a model that has the new `tokens`, written in `output_dir`, wherever it named `cfg.model_dir`."""
     if not tokens:
         return cfg
     base = cfg.get("model_dir")

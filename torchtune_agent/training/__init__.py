@@ -5,7 +5,7 @@ from torchtune_agent.training.parameters import FullParameters, ParameterSetup
 from torchtune_agent.training.run import Run, run_recipe
 from torchtune_agent.training.scratch import ScratchCheckpointer
 from torchtune_agent.training.settings import Settings
-from torchtune_agent.training.sft import check_model, sft_data, sft_objective
+from torchtune_agent.training.sft import check_model, sft_data, sft_objective, validation_data
 from torchtune_agent.training.trainer import Parts, Trainer
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "run_recipe",
     "sft_data",
     "sft_objective",
+    "validation_data",
 ]

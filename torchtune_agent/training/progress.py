@@ -138,22 +138,7 @@ class Progress:
             return
         self._close()
         picture, report = self._log.path.with_name("metrics.png"), self._log.path.with_name("report.html")
-        history = History()
-        try:
-            history = History.read(self._log.path)  # all of it, also what a run that this one continues has logged
-            plot_classes(history, picture)
-            write_report(self._log.path.parent, history)
-        except (OSError, UserError) as error:  # most likely the disk is full; the run itself has succeeded
-            print(shown(f"warning: the report is not complete: {error}"), file=sys.stderr)
-        for split, title in (("val", "Validation"), ("train", "Training")):
-            if history.get(split, "overall", "nll"):
-                print(shown(f"\n{title}, first → last\n{class_table(history, split)}"))
-                break
-        for by in self._settings.log_by:
-            if (found := breakdown.latest(self._log.path.parent, by)) is not None:
-                split, step, rows = found
-                lines = [[printable(cell) for cell in line] for line in breakdown.as_lines(by, rows)]
-                print(shown(f"\n{breakdown.title(by, split, step)}\n{aligned(lines)}"))
+        self._show(self._log.path)
         print(
             f"\nLogs        {self._log.path}\n"
             f"Config      {self._log.config_path}\n"
@@ -165,6 +150,34 @@ class Progress:
             "            tune cp qwen2_5/0.5B_agent_sft my.yaml  # a config to start from with your own data",
             flush=True,
         )
+
+    def finish_validation(self) -> None:
+        """The same for a run that was one validation."""
+        if self._log is None:
+            return
+        self._close()
+        self._show(self._log.path, with_first=False)
+        print(f"\nLogs        {self._log.path}", flush=True)
+
+    def _show(self, log: Path, *, with_first: bool = True) -> None:
+        """Write the picture and the report of what was logged; print the tables."""
+        history = History()
+        try:
+            history = History.read(log)  # all of it, also what a run that this one continues has logged
+            plot_classes(history, log.with_name("metrics.png"))
+            write_report(log.parent, history)
+        except (OSError, UserError) as error:  # most likely the disk is full; the run itself has succeeded
+            print(shown(f"warning: the report is not complete: {error}"), file=sys.stderr)
+        for split, title in (("val", "Validation"), ("train", "Training")):
+            if history.get(split, "overall", "nll"):
+                change = ", first → last" if with_first else ""
+                print(shown(f"\n{title}{change}\n{class_table(history, split, with_first=with_first)}"))
+                break
+        for by in self._settings.log_by:
+            if (found := breakdown.latest(log.parent, by)) is not None:
+                split, step, rows = found
+                lines = [[printable(cell) for cell in line] for line in breakdown.as_lines(by, rows)]
+                print(shown(f"\n{breakdown.title(by, split, step)}\n{aligned(lines)}"))
 
     def _memory(self) -> dict[str, float]:
         if not self._settings.log_peak_memory_stats:

@@ -1,16 +1,20 @@
 """From a parsed config to a finished run: what every recipe's main function calls.
 
 A mistake a user can mend is found on every rank before anything expensive starts. Why a run ends is said once, by the
-rank that knows.
+rank that knows. A program that runs a recipe in its own process (`called_by_program`) gets it as an exception instead.
 """
 
 import os
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -19,12 +23,13 @@ from torchtune import training, utils
 from tqdm import tqdm
 
 from torchtune_agent import __version__, redaction
-from torchtune_agent.config import check_components, trust
+from torchtune_agent.config import check_components, trust, trusted_packages
 from torchtune_agent.distributed import World, make_mesh, on_main, process_group, rank_from_environment, together
 from torchtune_agent.errors import UserError
 from torchtune_agent.models.new_tokens import with_new_tokens
 from torchtune_agent.screen import shown
 from torchtune_agent.training.notes import Note
+from torchtune_agent.training.parameters import FullParameters
 from torchtune_agent.training.progress import Progress
 from torchtune_agent.training.resume import find, manifest_of_run, prepare_folders
 from torchtune_agent.training.settings import Settings
@@ -43,15 +48,39 @@ class Run:
     say: Callable[[str], None]  # prints a line, on rank 0 only
 
 
+_has_caller: ContextVar[bool] = ContextVar("has_caller", default=False)
+
+
+@contextmanager
+def called_by_program() -> Iterator[None]:
+    """Meanwhile recipes in this process raise what ended them, after their process group is taken down, and say nothing
+    of it. The program's arguments, random states and trust in packages are afterwards what they were."""
+    arguments, python, numpy = sys.argv[:], random.getstate(), np.random.get_state()
+    trusted = trusted_packages()
+    token = _has_caller.set(True)
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+            torch.seed()  # so that runs whose seed is drawn do not draw the same
+            yield
+    finally:
+        _has_caller.reset(token)
+        sys.argv[:] = arguments
+        random.setstate(python)
+        np.random.set_state(numpy)
+        trust(trusted)
+
+
 def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int:
     """Check the config, build the parts on every rank, train. Returns the process's exit code: 0, EXIT_STOPPED where
     the run was asked to stop, 1 where it failed."""
     redaction.remember(cfg)
     sys.argv[1:] = redaction.redacted_arguments(sys.argv[1:])  # services that watch a run keep its command line
     timeout = cfg.get("process_group_timeout_seconds") or 600
-    with listening() as request, process_group(str(cfg.get("device", "cuda")), float(timeout)) as (rank, size):
+    has_caller = _has_caller.get()
+    ended: BaseException | None = None
+    group = process_group(str(cfg.get("device", "cuda")), float(timeout))
+    with listening(goes_on=has_caller) as request, group as (rank, size):
         with Watch(rank, size, request, float(timeout)) as watch:
-            ended: BaseException | None = None
             try:
                 _run(name, cfg, build, size, request, watch)
             except BaseException as error:  # torchtune raises such, too
@@ -59,6 +88,9 @@ def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int
             if isinstance(ended, Stopped) and ended.together or ended is None:
                 watch.end("stopped" if ended else "ended")
                 code = EXIT_STOPPED if ended else 0
+            elif has_caller:  # the only rank
+                watch.end("failed")
+                code = 1
             else:
                 code = _say_why(ended, request, watch)
                 if size > 1:
@@ -66,6 +98,8 @@ def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int
                     sys.stdout.flush()
                     sys.stderr.flush()
                     os._exit(code)
+    if has_caller and ended is not None:
+        raise ended
     return code
 
 
@@ -143,12 +177,15 @@ def _run(
     # What is logged, and compared when the run is resumed, stays as the user gave it.
     built = on_main(lambda: with_new_tokens(cfg, settings.tool_call_special_tokens, settings.output_dir))
     parts = together(lambda: build(Run(built, settings, world, say)))
+    if cfg.get("adapter") is not None and isinstance(parts.parameters, FullParameters):
+        raise UserError(f"adapter: {name} trains all weights, and no adapter. Take the section out: ~adapter")
     say(f"model         {_size_of(parts.model)}")
     manifest = on_main(lambda: manifest_of_run(name, cfg, settings, parts, size))
-    on_main(lambda: prepare_folders(checkpoint, cfg, settings, manifest, say))
+    if not parts.only_validates:
+        on_main(lambda: prepare_folders(checkpoint, cfg, settings, manifest, say))
     progress = together(lambda: Progress(cfg, settings, world, say, continues=checkpoint is not None))
     try:
-        Trainer(built, settings, world, parts, progress, request, watch, manifest, checkpoint).train()
+        Trainer(built, settings, world, parts, progress, request, watch, manifest, checkpoint).run()
     except BaseException:
         progress.abandon()
         raise

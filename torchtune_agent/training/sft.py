@@ -49,10 +49,19 @@ def sft_data(run: Run, tokenizer: Any, model: nn.Module) -> SFTData:
         )
     validation = None
     if run.cfg.get("dataset_val") is not None:
-        plan = StepPlan(settings.batch_size_val or settings.batch_size, 1, world.dp_rank, world.dp_size)
-        datasets = _datasets(run, "dataset_val", tokenizer, model)
-        validation = _loader(run, "dataset_val", datasets, tokenizer, plan, shuffle=False)
+        validation = validation_data(run, tokenizer, model)[0]
     return SFTData(train, validation, classified)
+
+
+def validation_data(run: Run, tokenizer: Any, model: nn.Module) -> tuple[SampleLoader, bool]:
+    """The data under `dataset_val` as a loader, and whether its tokens have classes."""
+    settings, world = run.settings, run.world
+    if run.cfg.get("dataset_val") is None:
+        raise UserError("dataset_val: not given. It names the data to measure the model on.")
+    plan = StepPlan(settings.batch_size_val or settings.batch_size, 1, world.dp_rank, world.dp_size)
+    datasets = _datasets(run, "dataset_val", tokenizer, model)
+    loader = _loader(run, "dataset_val", datasets, tokenizer, plan, shuffle=False)
+    return loader, all(has_token_classes(dataset) for dataset in datasets)
 
 
 def has_token_classes(dataset: Any) -> bool:

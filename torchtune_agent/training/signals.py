@@ -51,9 +51,9 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
+def listening(*, goes_on: bool = False) -> Iterator[StopRequest]:
     """Hear the signals meanwhile. After one was heard they stay without effect, so that a second cannot disturb the
-    end of the process."""
+    end of the process, unless it `goes_on`."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to no other
         yield request
@@ -63,4 +63,4 @@ def listening() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if request.by is not None else handler)
+            signal.signal(number, signal.SIG_IGN if request.by is not None and not goes_on else handler)

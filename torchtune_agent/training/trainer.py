@@ -69,6 +69,7 @@ class Parts:
     parameters: ParameterSetup
     model: TransformerDecoder
     has_token_classes: bool = True
+    only_validates: bool = False  # the run measures the model on `validation`, and neither trains nor saves
 
 
 class Trainer:
@@ -129,6 +130,14 @@ class Trainer:
     @global_step.setter
     def global_step(self, step: int) -> None:
         self.position.step = step
+
+    def run(self) -> None:
+        """All that the parts are for."""
+        if self.parts.only_validates:
+            self._evaluate()
+            self.progress.finish_validation()
+        else:
+            self.train()
 
     def train(self) -> None:
         """Run what is left of the epochs: step, validate where that is due, save where that is due."""
