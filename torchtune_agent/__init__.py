@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform, TokenClass
     from torchtune_agent.metrics import DetailedMetricsTracker
+    from torchtune_agent.selection import CoresetSelector
     from torchtune_agent.toolworld import ToolWorld
     from torchtune_agent.training import Trainer
 
@@ -19,6 +20,7 @@ _HOME = {
     "AgentSFTDataset": "torchtune_agent.data",
     "AgentSFTTransform": "torchtune_agent.data",
     "TokenClass": "torchtune_agent.data",
+    "CoresetSelector": "torchtune_agent.selection",
     "DetailedMetricsTracker": "torchtune_agent.metrics",
     "ToolWorld": "torchtune_agent.toolworld",
     "Trainer": "torchtune_agent.training",
@@ -27,6 +29,7 @@ _HOME = {
 __all__ = [
     "AgentSFTDataset",
     "AgentSFTTransform",
+    "CoresetSelector",
     "DetailedMetricsTracker",
     "TokenClass",
     "ToolWorld",
