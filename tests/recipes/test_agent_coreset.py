@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.training_runs import launch
 from torchtune_agent.errors import UserError
 from torchtune_agent.metrics import read_rows
 from torchtune_agent.selection.coreset import CoresetSettings
@@ -31,10 +32,10 @@ SMALL = (
 )
 
 
-def run(output_dir: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def run(output_dir: Path, *overrides: str, ranks: int) -> subprocess.CompletedProcess[str]:
     config = ROOT / "configs" / "tiny" / "agent_coreset.yaml"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launch, RECIPE, "--config", config, f"output_dir={output_dir}", *SMALL, *overrides]
+    ranks_of = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [sys.executable, *ranks_of, RECIPE, "--config", config, f"output_dir={output_dir}", *SMALL, *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
 
@@ -44,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("coreset") / "run"
     done = run(path, "log_sample_losses=True", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "18 of 60 samples by hybrid" in done.stderr
+    assert "18 of 60 samples by facility_location" in done.stderr
     return path
 
 
@@ -63,17 +64,17 @@ def test_what_was_selected_is_trained_and_nothing_else(trained: Path) -> None:
 
 def test_scores_that_exist_select_the_same_without_training(trained: Path, tmp_path: Path) -> None:
     scores = f"coreset.scores_from={trained / 'coreset' / 'scores.parquet'}"
-    done = run(tmp_path / "again", scores, "coreset.only_select=True")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert selected(tmp_path / "again") == selected(trained)
-    assert (
-        not (tmp_path / "again" / "checkpoints").exists() and not (tmp_path / "again" / "coreset" / "scores").exists()
-    )
+    own = (*SMALL[:2], scores, "coreset.dedup_similarity=0.95", "coreset.only_select=True")
+    left = launch(tmp_path, *own, size=1, recipe="agent_coreset_distributed")
+    assert left.codes == [0], left.output
+    assert selected(left.out) == selected(trained)
+    assert not (left.out / "checkpoints").exists() and not (left.out / "coreset" / "scores").exists()
 
 
 def test_mistakes_are_said_once_and_early(tmp_path: Path) -> None:
-    done = run(tmp_path / "run", "coreset.strategy=random", "coreset.target_size=3")
-    assert done.returncode == 1 and "fewer than a step needs" in done.stderr and "Traceback" not in done.stderr
+    options = ("coreset.strategy=random", "coreset.target_size=3")
+    left = launch(tmp_path, *options, size=1, recipe="agent_coreset_distributed")
+    assert left.codes == [1] and "fewer than a step needs" in left.output and "Traceback" not in left.output
     for overrides, message in (
         ({"stratgy": "random"}, "coreset.stratgy: unknown config key. Did you mean 'strategy'?"),
         ({"strategy": "rondom"}, "coreset.strategy=rondom: no such strategy. Did you mean 'random'?"),

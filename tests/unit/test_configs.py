@@ -48,7 +48,6 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, checkpoint_dir: Path)
     cfg = OmegaConf.load(config_path(request.param))
     assert isinstance(cfg, DictConfig)
     cfg.output_dir = str(tmp_path / "out")
-    cfg.pop("coreset", None)  # a section that its recipe takes out before the settings are read
     if "checkpoint_dir" in cfg.checkpointer:
         cfg.checkpointer.checkpoint_dir = str(checkpoint_dir)
     if "model_dir" in cfg.model:

@@ -1,9 +1,11 @@
-"""Vectors of samples: without a model from their tokens, with one from its hidden states; never too wide."""
+"""Vectors of samples: without a model from their tokens, with one from its hidden states; or of a sentence encoder."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from torchtune_agent.errors import UserError
 
 NUM_DIMENSIONS = 256
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -43,3 +45,20 @@ def projection(width: int, dimensions: int, seed: int = 0) -> torch.Tensor | Non
         return None
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(width, dimensions, generator=generator) / dimensions**0.5
+
+
+def sentence_embeddings(texts: Sequence[str], model: str, device: str) -> np.ndarray:
+    """float32 [n, width] of length 1, by the sentence encoder `model`: a folder, or a name on the hub."""
+    try:
+        from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            f"embedding_model={model}: needs sentence-transformers ({error}). Install it: "
+            "pip install 'torchtune-agent[embeddings]'; or leave embedding_model out."
+        ) from error
+    try:
+        encoder = SentenceTransformer(model, device=device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"embedding_model={model}: cannot be loaded: {error}") from error
+    found = encoder.encode(list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
+    return np.asarray(found, np.float32)

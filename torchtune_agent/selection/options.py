@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torchtune_agent.errors import UserError, did_you_mean
 from torchtune_agent.selection.pool import SCORE_ON
-from torchtune_agent.selection.strategies import STRATEGIES
+from torchtune_agent.selection.strategies import DEFAULT, STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Options:
         seed: of what is drawn.
     """
 
-    strategy: str = "hybrid"
+    strategy: str = DEFAULT
     target_size: int | str = 1000
     loss_ratio: float = 0.6
     score_on: str = "overall"

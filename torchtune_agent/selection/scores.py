@@ -48,18 +48,18 @@ def merged(parts: Sequence[Path]) -> pyarrow.Table:
     return table.sort_by("row").combine_chunks()
 
 
-def read_pool(path: Path) -> Pool:
-    """The pool of a `scores.parquet`."""
+def read_pool(path: Path, key: str = "scores_from") -> Pool:
+    """The pool of a `scores.parquet`, which the config names under `key`."""
     try:
         table = parquet.read_table(path)
     except FileNotFoundError as error:
-        raise UserError(f"scores_from={path}: there is no such file. Score the pool first.") from error
+        raise UserError(f"{key}={path}: there is no such file. Score the pool first.") from error
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"scores_from={path}: cannot be read ({error}). Delete it and score the pool again.") from error
+        raise UserError(f"{key}={path}: cannot be read ({error}). Delete it and score the pool again.") from error
     width = getattr(table.schema.field("embedding").type, "list_size", 0) if "embedding" in table.schema.names else 0
     missing = set(schema(1).names) - set(table.schema.names)
     if missing:
-        raise UserError(f"scores_from={path}: has no column '{min(missing)}'. Name a scores.parquet that scoring made.")
+        raise UserError(f"{key}={path}: has no column '{min(missing)}'. Name a scores.parquet that scoring made.")
     return pool_of(table, width)
 
 
@@ -99,6 +99,8 @@ def pool_from_ledger(
     num_tokens: np.ndarray,
     tools: Sequence[tuple[str, ...]] | None = None,
     sources: Sequence[str] | None = None,
+    *,
+    key: str = "scores_from",
 ) -> Pool:
     """A pool of losses from the per-sample ledger of a training run (log_sample_losses): of every sample and class the
     newest. It holds what samples lost while they were trained, at different steps, and neither entropies nor
@@ -108,7 +110,7 @@ def pool_from_ledger(
     """
     files = sorted(folder.glob("*.parquet"))
     if not files:
-        raise UserError(f"scores_from={folder}: holds no ledger. A run writes one with log_sample_losses=True.")
+        raise UserError(f"{key}={folder}: holds no ledger. A run writes one with log_sample_losses=True.")
     table = pyarrow.concat_tables(parquet.read_table(path) for path in files).sort_by("step")
     sums: dict[str, dict[str, tuple[int, int, float]]] = {}  # by record, by class: step, tokens, nll
     columns = (table[name].to_pylist() for name in ("sample", "step", "token_class", "tokens", "loss"))
@@ -124,7 +126,7 @@ def pool_from_ledger(
     unknown = [name for name in ids if record_of(name) not in sums]
     if unknown:
         raise UserError(
-            f"scores_from={folder}: has no loss of '{unknown[0]}' ({len(unknown):,} of {len(ids):,} samples are "
+            f"{key}={folder}: has no loss of '{unknown[0]}' ({len(unknown):,} of {len(ids):,} samples are "
             "missing). The ledger must be of a run that trained this data for a whole epoch; or score it with a model."
         )
     return Pool(ids, num_tokens, _ledger_losses([sums[record_of(name)] for name in ids]), tools=tools, sources=sources)

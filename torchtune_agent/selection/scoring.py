@@ -6,6 +6,7 @@ started again computes only the parts that are not there.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -146,11 +147,19 @@ class _Plan:
 
 
 def score(
-    model: nn.Module, dataset: JoinedDataset, collator: Collator, folder: Path, world: World, options: ScoringOptions
+    model: nn.Module,
+    dataset: JoinedDataset,
+    collator: Collator,
+    folder: Path,
+    world: World,
+    options: ScoringOptions,
+    *,
+    replace_others: bool = False,
 ) -> Path:
     """Score `dataset` under `model` into `folder`/scores.parquet; returns that path. Every rank calls it.
 
-    `folder`/scores holds the parts. Parts of another pool or another model are refused.
+    `folder`/scores holds the parts. Parts of another pool or another model are refused, or with `replace_others`
+    removed.
     """
     lengths = dataset.lengths
     order = np.arange(len(dataset)) if lengths is None else np.argsort(-lengths, kind="stable")  # longest first
@@ -164,7 +173,7 @@ def score(
         return scorer(collator([[dataset[row]] for row in rows]))
 
     probe = scored(plan.batches(0)[0])  # on every rank: with shards of a model, all must take part
-    done = _begin(parts, plan, ids, probe, world)
+    done = _begin(parts, plan, ids, probe, world, replace_others=replace_others)
     missing = [part for part in range(plan.num_parts) if part not in done]
     writes = world.mesh["tp"].get_local_rank() == 0
     bar = tqdm(total=plan.num_parts, initial=len(done), desc="Scoring", unit="part", disable=not world.is_main)
@@ -194,7 +203,9 @@ def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06}.parquet"
 
 
-def _begin(folder: Path, plan: _Plan, ids: Sequence[str], probe: SampleScores, world: World) -> set[int]:
+def _begin(
+    folder: Path, plan: _Plan, ids: Sequence[str], probe: SampleScores, world: World, *, replace_others: bool
+) -> set[int]:
     """The parts that are there already, as rank 0 sees them; `scoring.json` says what they are parts of."""
     mistake, done = "", set[int]()
     if world.is_main:
@@ -210,8 +221,12 @@ def _begin(folder: Path, plan: _Plan, ids: Sequence[str], probe: SampleScores, w
         }
         known = folder / "scoring.json"
         if known.exists():
-            mistake = _difference(json.loads(known.read_text()), about)
-        else:
+            mistake = _difference(json.loads(known.read_text()), dict(about))
+            if mistake and replace_others:
+                shutil.rmtree(folder)
+                folder.mkdir()
+                mistake = ""
+        if not known.exists():
             partial = known.with_suffix(".partial")
             partial.write_text(json.dumps(about, indent=1))
             partial.replace(known)

@@ -143,6 +143,8 @@ STRATEGIES: dict[str, Callable[[Task], Picks]] = {
     "facility_location": facility_location,
     "ssis": ssis,
 }
+# The one that wins where all are compared (docs/experiments/coreset.md)
+DEFAULT = "facility_location"
 # What a strategy reads of the pool beside ids and lengths
 NEEDS: dict[str, tuple[str, ...]] = {
     "loss_topk": ("loss",),

@@ -1,7 +1,7 @@
 """What a selection leaves behind: `selection.json` and the page that shows it, and reading the former again."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,31 @@ from torchtune_agent.errors import UserError
 from torchtune_agent.selection.page import render
 from torchtune_agent.selection.selecting import Selection
 
+SELECTION = "selection.json"
 
-def write_selection(selection: Selection, folder: Path, text: Callable[[int], str] | None = None) -> tuple[Path, Path]:
-    """Write `selection.json` and `selection.html`; `text` gives what a row of the pool reads like."""
+
+def write_selection(
+    selection: Selection,
+    folder: Path,
+    text: Callable[[int], str] | None = None,
+    made_of: Mapping[str, Any] | None = None,
+) -> tuple[Path, Path]:
+    """Write `selection.json` and `selection.html`; `text` gives what a row of the pool reads like, `made_of` is what
+    the selection follows from."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen, page = folder / "selection.json", folder / "selection.html"
-    _write(chosen, json.dumps(selection.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
+    chosen, page = folder / SELECTION, folder / "selection.html"
     _write(page, render(selection, text))
+    content = selection.to_json() | {"made_of": made_of}
+    _write(chosen, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
     return chosen, page
+
+
+def read_made_of(path: Path) -> Any:
+    """What the selection in `path` follows from; None where it cannot be told."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("made_of")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _write(path: Path, content: str) -> None:

@@ -6,7 +6,7 @@ rank that knows.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torchtune_agent.errors import UserError
 from torchtune_agent.screen import shown
 from torchtune_agent.training.progress import Progress
 from torchtune_agent.training.resume import find, manifest_of_run, prepare_folders
-from torchtune_agent.training.settings import Settings
+from torchtune_agent.training.settings import RECIPE_SECTIONS, Settings
 from torchtune_agent.training.signals import EXIT_STOPPED, Stopped, StopRequest, listening
 from torchtune_agent.training.trainer import Parts, Trainer
 from torchtune_agent.training.watch import Watch
@@ -40,9 +40,17 @@ class Run:
     say: Callable[[str], None]  # prints a line, on rank 0 only
 
 
-def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int:
+class NothingToTrain(Exception):
+    """Raised by a recipe's `build`, on every rank, where all that was asked for is done."""
+
+
+def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts], sections: Collection[str] = ()) -> int:
     """Check the config, build the parts on every rank, train. Returns the process's exit code: 0, EXIT_STOPPED where
-    the run was asked to stop, 1 where it failed."""
+    the run was asked to stop, 1 where it failed.
+
+    `sections` are those of RECIPE_SECTIONS that the recipe reads. `build` may call collectives where what fails before
+    them fails on every rank.
+    """
     redaction.remember(cfg)
     sys.argv[1:] = redaction.redacted_arguments(sys.argv[1:])  # services that watch a run keep its command line
     timeout = cfg.get("process_group_timeout_seconds") or 600
@@ -50,7 +58,9 @@ def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int
         with Watch(rank, size, request, float(timeout)) as watch:
             ended: BaseException | None = None
             try:
-                _run(name, cfg, build, size, request, watch)
+                _run(name, cfg, build, size, request, watch, sections)
+            except NothingToTrain:
+                pass
             except BaseException as error:  # torchtune raises such, too
                 ended = error
             if isinstance(ended, Stopped) and ended.together or ended is None:
@@ -106,10 +116,16 @@ def _tell_launcher(text: str) -> None:
 
 
 def _run(
-    name: str, cfg: DictConfig, build: Callable[[Run], Parts], size: int, request: StopRequest, watch: Watch
+    name: str,
+    cfg: DictConfig,
+    build: Callable[[Run], Parts],
+    size: int,
+    request: StopRequest,
+    watch: Watch,
+    sections: Collection[str],
 ) -> None:
     utils.get_logger("WARNING")  # torchtune's loggers share one level; what they say at INFO, Progress says
-    settings = together(lambda: _check(cfg, size))
+    settings = together(lambda: _check(cfg, size, name, sections))
     device = utils.get_device(settings.device)
     tp = settings.tensor_parallel_dim
     world = World(torch.distributed.get_rank(), size, device, make_mesh(device.type, size // tp, tp))
@@ -138,8 +154,13 @@ def _say(is_main: bool, text: str) -> None:
         tqdm.write(shown(text), file=sys.stderr)
 
 
-def _check(cfg: DictConfig, size: int) -> Settings:
+def _check(cfg: DictConfig, size: int, name: str, sections: Collection[str]) -> Settings:
     settings = Settings.from_config(cfg)
+    for section, recipe in RECIPE_SECTIONS.items():
+        if section in cfg and section not in sections:
+            raise UserError(
+                f"{section}: {name} does not read this section; {recipe} does. Run that, or add ~{section}."
+            )
     trust(settings.trusted_components)
     check_components(cfg)
     settings.check_world_size(size)

@@ -1,5 +1,7 @@
 """CoresetSelector with and without a model, and pools made of a training run's ledger."""
 
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from torchtune_agent.data.token_class import GROUPS, TokenClass
 from torchtune_agent.errors import UserError
 from torchtune_agent.metrics.detail import Detail
 from torchtune_agent.metrics.table import COLUMNS
+from torchtune_agent.selection.embedding import sentence_embeddings
 from torchtune_agent.selection.scores import pool_from_ledger, unique_ids
-from torchtune_agent.toolworld import ToolWorld
+from torchtune_agent.toolworld import TOKENIZER_DIR, ToolWorld
 
 NUM = 37
 
@@ -138,3 +141,26 @@ def test_a_ledger_is_a_pool_of_the_newest_losses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="log_sample_losses=True"):
         pool_from_ledger(tmp_path / "none", ids, np.arange(NUM))
     assert TokenClass.IGNORED not in {kind for rows in of_record.values() for kind, _ in rows}
+
+
+def test_a_sentence_encoder_says_what_is_alike(tmp_path: Path) -> None:
+    """Where the extra is installed; of random weights, which see copies as copies all the same."""
+    if find_spec("sentence_transformers") is None:
+        with pytest.raises(UserError, match="pip install 'torchtune-agent\\[embeddings\\]'"):
+            sentence_embeddings(["a"], str(tmp_path), "cpu")
+        return
+    with pytest.raises(UserError, match="cannot be loaded"):
+        sentence_embeddings(["a"], str(tmp_path / "nothing"), "cpu")
+    import transformers
+
+    shutil.copytree(TOKENIZER_DIR, tmp_path / "model")
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    transformers.BertModel(transformers.BertConfig(vocab_size=2048, **sizes)).save_pretrained(tmp_path / "model")
+    found = sentence_embeddings(["Add 2 and 3.", "What time is it?", "Add 2 and 3."], str(tmp_path / "model"), "cpu")
+    assert found.shape == (3, 16) and found.dtype == np.float32 and np.allclose(np.linalg.norm(found, axis=1), 1)
+    assert np.allclose(found[0], found[2], atol=1e-6) and not np.allclose(found[0], found[1], atol=1e-3)
