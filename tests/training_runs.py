@@ -6,7 +6,8 @@ everything it has, and kills itself (SIGKILL) where it is told to. Ranks are sta
     torchrun --nproc_per_node 2 tests/training_runs.py --config configs/tiny/agent_sft.yaml output_dir=OUT ...
 
 or by `launch`, in a second instead of ten: a server imports everything once, and ranks are forked from it.
-`RECORDS` in the environment is the folder for what is written down, `KILL` is PHASE:STEP:RANK (see PHASES).
+`RECORDS` in the environment is the folder for what is written down, `KILL` is PHASE:STEP:RANK (see PHASES), `RECIPE`
+another recipe than agent_sft_distributed.
 """
 
 import hashlib
@@ -38,6 +39,7 @@ from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.loader import num_steps
 from torchtune_agent.metrics import read_rows
 from torchtune_agent.training import Parts, Run, checkpoints, run_recipe, saving, sharded
+from torchtune_agent.training.settings import RECIPE_SECTIONS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tiny" / "agent_sft.yaml"
@@ -115,8 +117,8 @@ class Recorded:
         self._source, self._path, self._killer = source, path, killer
         self.num_rows, self.rows_per_step = source.num_rows, source.rows_per_step
 
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
+    def __getattr__(self, name: str) -> Any:  # what else it declares: a fingerprint, a state
+        return getattr(self._source, name)
 
     def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
         row = first_row
@@ -162,7 +164,8 @@ def run_rank(cfg: DictConfig) -> int:
     optimizers: dict[int, Optimizer] = {}
     register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.setdefault(id(optimizer), optimizer) and None)
     models = []
-    spec = importlib.util.spec_from_file_location("recipe", ROOT / "recipes" / "agent_sft_distributed.py")
+    name = os.environ.get("RECIPE", "agent_sft_distributed")
+    spec = importlib.util.spec_from_file_location("recipe", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
@@ -173,8 +176,8 @@ def run_rank(cfg: DictConfig) -> int:
         models.append(parts.model)
         return parts
 
-    code = run_recipe("agent_sft_distributed", cfg, build)
-    if code == 0:
+    code = run_recipe(name, cfg, build, sections=[section for section, own in RECIPE_SECTIONS.items() if own == name])
+    if code == 0 and models:
         state: Any = np.random.get_state(legacy=True)
         found = {
             "parameters": digest(models[0].state_dict()),
@@ -248,6 +251,7 @@ def launch(
     kill: str | None = None,
     limit: float = 120,
     config: Path | None = None,
+    recipe: str = "agent_sft_distributed",
 ) -> Left:
     """Run `size` ranks that write to `folder`; once one has failed the others are killed, as torchrun would.
 
@@ -258,7 +262,7 @@ def launch(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    env |= {"RECORDS": str(folder / "records"), **({"KILL": kill} if kill else {})}
+    env |= {"RECORDS": str(folder / "records"), "RECIPE": recipe, **({"KILL": kill} if kill else {})}
     arguments = ["--config", str(config or CONFIG), f"output_dir={folder / 'out'}", *SMALL]
     arguments += [*(() if config else SMALL_MODEL), *overrides]
     log = folder / f"log_{len(list(folder.glob('log_*')))}.txt"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform, TokenClass
     from torchtune_agent.errors import UserError
     from torchtune_agent.metrics import DetailedMetricsTracker
+    from torchtune_agent.selection import CoresetSelector
     from torchtune_agent.toolworld import ToolWorld
     from torchtune_agent.training import Trainer
 
@@ -33,6 +34,7 @@ _HOME = {
     "AgentSFTDataset": "torchtune_agent.data",
     "AgentSFTTransform": "torchtune_agent.data",
     "TokenClass": "torchtune_agent.data",
+    "CoresetSelector": "torchtune_agent.selection",
     "DetailedMetricsTracker": "torchtune_agent.metrics",
     "ToolWorld": "torchtune_agent.toolworld",
     "Trainer": "torchtune_agent.training",
@@ -43,6 +45,7 @@ __all__ = [
     "AgentSFTDataset",
     "AgentSFTTrainer",
     "AgentSFTTransform",
+    "CoresetSelector",
     "DetailedMetricsTracker",
     "EvalResult",
     "RLTrainingConfig",

@@ -34,6 +34,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "qwen2_5/0.5B_agent_sft",
         "qwen2_5/7B_agent_sft",
     ),
+    "agent_coreset_distributed": ("tiny/agent_coreset",),
+    "agent_active_distributed": (),
     "agent_validate_distributed": (),
     "agent_data_check": (),
     "agent_plan": (),

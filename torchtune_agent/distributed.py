@@ -6,6 +6,7 @@ come this far. One process without torchrun is a world of one.
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtune_agent.errors import UserError
 
 T = TypeVar("T")
+
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -231,3 +234,25 @@ def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `work` on rank 0 alone and give every rank what it returns (see `collected`), or its UserError."""
     result = together(lambda: work() if dist.get_rank() == 0 else None, group)
     return collected(result, group)[0]  # type: ignore[return-value]
+
+
+def slowly_on_main(work: Callable[[], T], name: str) -> T:
+    """As `on_main`, for work that may take longer than a collective waits: the others look for a note now and then.
+
+    `name` is used once in a process.
+    """
+    if dist.get_world_size() == 1:
+        return work()
+    notes, rank = SharedNotes(f"slow-{name}"), dist.get_rank()
+
+    def run() -> T | None:
+        try:
+            return work()
+        finally:
+            notes.write(0, "done")
+
+    if rank == 0:
+        return on_main(run)  # type: ignore[return-value]
+    while not notes.read_others(rank, 1):  # of rank 0
+        time.sleep(_LOOK_SECONDS)
+    return on_main(work)

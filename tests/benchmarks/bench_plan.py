@@ -99,10 +99,10 @@ def run_child(config: Path) -> int:
         seen["before"] = _memory("VmRSS")
         make(trainer, *args, **kwargs)
 
-    def stepped(trainer: Trainer, batches: Any) -> None:
+    def stepped(trainer: Trainer, micro_batches: Any) -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        step(trainer, batches)
+        step(trainer, micro_batches)
         seen["at most"] = _memory("VmHWM")
 
     Trainer.__init__, Trainer._train_step = made, stepped

@@ -90,6 +90,22 @@ class SampleLoader:
             self._packs = pack(lengths, collator.pack_to)
 
     @property
+    def dataset(self) -> JoinedDataset:
+        return self._dataset
+
+    @property
+    def collator(self) -> Collator:
+        return self._collator
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    def over(self, dataset: JoinedDataset) -> "SampleLoader":
+        """A loader of other samples that is like this one in everything else."""
+        return SampleLoader(dataset, self._collator, self._plan, shuffle=self._shuffle, seed=self._seed)
+
+    @property
     def num_rows(self) -> int:
         return len(self._dataset if self._packs is None else self._packs)
 
@@ -110,8 +126,11 @@ class SampleLoader:
     def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
         order = self.order(number)[first_row:]
         for start in range(0, len(order), self._plan.rows_per_step):
-            step = order[start : start + self._plan.rows_per_step].tolist()
-            yield [self._collate(rows) for rows in self._plan.step(step)]
+            yield self.step(order[start : start + self._plan.rows_per_step].tolist())
+
+    def step(self, rows: Sequence[int]) -> list[Batch]:
+        """This rank's micro-batches of a step that trains `rows`."""
+        return [self._collate(own) for own in self._plan.step(rows)]
 
     def fingerprint(self) -> str:
         """Of what an epoch is made of: every sample, and which share a row."""

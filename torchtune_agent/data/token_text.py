@@ -40,6 +40,11 @@ class Vocabulary:
         return b"".join(pieces), starts
 
 
+def is_readable(tokenizer: Any) -> bool:
+    """Whether the bytes of its tokens can be known."""
+    return isinstance(tokenizer, tuple(_READERS))
+
+
 def vocabulary(tokenizer: Any) -> Vocabulary:
     """The vocabulary of a torchtune tokenizer."""
     for kind, read in _READERS.items():

@@ -56,7 +56,7 @@ def extend_folder(model_dir: Path, tokens: Mapping[str, str | None], folder: Pat
     num_known = tokenizer.get_vocab_size()
     descriptions = {token: _ids(tokenizer, token, text) for token, text in tokens.items()}
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-    ids = {token: tokenizer.token_to_id(token) for token in tokens}
+    ids: dict[str, Any] = {token: tokenizer.token_to_id(token) for token in tokens}
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

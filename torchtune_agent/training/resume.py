@@ -65,6 +65,9 @@ _FREE = (
     "max_nonfinite_steps",
     "process_group_timeout_seconds",
     "trusted_components",
+    "coreset.only_select",
+    "coreset.score_batch_size",
+    "coreset.batches_per_part",
 )
 _STEP = ("batch_size", "gradient_accumulation_steps")  # with the number of ranks they make a step; only that counts
 _INDEX = re.compile(r"\[\d+\]")

@@ -7,7 +7,7 @@ rank that knows. A program that runs a recipe in its own process (`called_by_pro
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from torchtune_agent.training.notes import Note
 from torchtune_agent.training.parameters import FullParameters
 from torchtune_agent.training.progress import Progress
 from torchtune_agent.training.resume import find, manifest_of_run, prepare_folders
-from torchtune_agent.training.settings import Settings
+from torchtune_agent.training.settings import RECIPE_SECTIONS, Settings
 from torchtune_agent.training.signals import EXIT_STOPPED, Stopped, StopRequest, listening
 from torchtune_agent.training.trainer import Parts, Trainer
 from torchtune_agent.training.watch import Watch
@@ -46,6 +46,10 @@ class Run:
     settings: Settings
     world: World
     say: Callable[[str], None]  # prints a line, on rank 0 only
+
+
+class NothingToTrain(Exception):
+    """Raised by a recipe's `build`, on every rank, where all that was asked for is done."""
 
 
 _has_caller: ContextVar[bool] = ContextVar("has_caller", default=False)
@@ -70,9 +74,13 @@ def called_by_program() -> Iterator[None]:
         trust(trusted)
 
 
-def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int:
+def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts], sections: Collection[str] = ()) -> int:
     """Check the config, build the parts on every rank, train. Returns the process's exit code: 0, EXIT_STOPPED where
-    the run was asked to stop, 1 where it failed."""
+    the run was asked to stop, 1 where it failed.
+
+    `sections` are those of RECIPE_SECTIONS that the recipe reads. `build` may call collectives where what fails before
+    them fails on every rank.
+    """
     redaction.remember(cfg)
     sys.argv[1:] = redaction.redacted_arguments(sys.argv[1:])  # services that watch a run keep its command line
     timeout = cfg.get("process_group_timeout_seconds") or 600
@@ -82,7 +90,9 @@ def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int
     with listening(goes_on=has_caller) as request, group as (rank, size):
         with Watch(rank, size, request, float(timeout)) as watch:
             try:
-                _run(name, cfg, build, size, request, watch)
+                _run(name, cfg, build, size, request, watch, sections)
+            except NothingToTrain:
+                pass
             except BaseException as error:  # torchtune raises such, too
                 ended = error
             if isinstance(ended, Stopped) and ended.together or ended is None:
@@ -159,10 +169,16 @@ def _tell_launcher(text: str) -> None:
 
 
 def _run(
-    name: str, cfg: DictConfig, build: Callable[[Run], Parts], size: int, request: StopRequest, watch: Watch
+    name: str,
+    cfg: DictConfig,
+    build: Callable[[Run], Parts],
+    size: int,
+    request: StopRequest,
+    watch: Watch,
+    sections: Collection[str],
 ) -> None:
     utils.get_logger("WARNING")  # torchtune's loggers share one level; what they say at INFO, Progress says
-    settings = together(lambda: _check(cfg, size))
+    settings = together(lambda: _check(cfg, size, name, sections))
     device = utils.get_device(settings.device)
     tp = settings.tensor_parallel_dim
     world = World(torch.distributed.get_rank(), size, device, make_mesh(device.type, size // tp, tp))
@@ -204,8 +220,13 @@ def _say(is_main: bool, text: str) -> None:
         tqdm.write(shown(text), file=sys.stderr)
 
 
-def _check(cfg: DictConfig, size: int) -> Settings:
+def _check(cfg: DictConfig, size: int, name: str, sections: Collection[str]) -> Settings:
     settings = Settings.from_config(cfg)
+    for section, recipe in RECIPE_SECTIONS.items():
+        if section in cfg and section not in sections:
+            raise UserError(
+                f"{section}: {name} does not read this section; {recipe} does. Run that, or add ~{section}."
+            )
     trust(settings.trusted_components)
     check_components(cfg)
     settings.check_world_size(size)

@@ -33,7 +33,14 @@ COMPONENT_KEYS = {
     "tensor_parallel_plan",
     "adapter",
 }
-OTHER_SECTIONS = {"check", "plan", "export"}  # read by agent_data_check, agent_plan, agent_export: one file serves all
+# What only some recipes read, and which: training recipes that do not are not to train as if it were not there.
+RECIPE_SECTIONS = {
+    "active": "agent_active_distributed",
+    "coreset": "agent_coreset_distributed",
+    "curriculum": "agent_coreset_distributed",
+}
+# Read by agent_data_check, agent_plan and agent_export, which pass over the sections of recipes: one file serves all
+OTHER_SECTIONS = {"check", "plan", "export", *RECIPE_SECTIONS}
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
 
 
@@ -212,7 +219,7 @@ class Settings(BaseModel):
             )
         if self.keep_best is not None and cfg.get("dataset_val") is None:
             raise UserError(f"keep_best={self.keep_best}: needs dataset_val, whose metrics it names.")
-        known = set(type(self).model_fields) | COMPONENT_KEYS
+        known = set(type(self).model_fields) | COMPONENT_KEYS | set(RECIPE_SECTIONS)
         for key in self.resume_override:
             if re.split(r"[.\[]", key)[0] not in known:
                 raise UserError(f"resume_override: '{key}' is no config key. {did_you_mean(key, known)}")

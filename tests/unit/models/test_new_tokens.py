@@ -95,12 +95,12 @@ def test_they_are_trained_split_over_ranks_resumed_and_saved_with_the_tokenizer(
     assert run.codes == [0, 0] and "resuming" in run.output, run.output
     saved = run.out / "model" / "epoch_1"
     encoded = chat_template_tokenizer(str(saved)).encode("<function=", add_bos=False, add_eos=False)
-    trained = transformers.AutoModelForCausalLM.from_pretrained(saved).get_input_embeddings().weight
+    trained: Any = transformers.AutoModelForCausalLM.from_pretrained(saved).get_input_embeddings().weight
     began = load_ours(run.out / "model_with_new_tokens", tmp_path).tok_embeddings.weight
     token = transformers.AutoTokenizer.from_pretrained(saved).convert_tokens_to_ids("<function=")
     assert encoded == [token] and not torch.allclose(trained[token], began[token], atol=1e-3)
     given: Any = OmegaConf.load(run.out / "logs" / "config.yaml")
     assert given.model_dir == str(base)  # what the user gave
     export(given)
-    exported = transformers.AutoModelForCausalLM.from_pretrained(run.out / "model" / "step_12")
+    exported: Any = transformers.AutoModelForCausalLM.from_pretrained(run.out / "model" / "step_12")
     assert torch.equal(exported.get_input_embeddings().weight, trained)
