@@ -105,7 +105,7 @@ def run_child(config: Path) -> int:
         step(trainer, micro_batches)
         seen["at most"] = _memory("VmHWM")
 
-    Trainer.__init__, Trainer._train_step = made, stepped
+    Trainer.__init__, Trainer._train_step = made, stepped  # pyright: ignore
     warm = cfg.copy()
     warm.model.update(dict(zip(SIZES, SMALLEST, strict=True)))
     warm.output_dir = f"{cfg.output_dir}_warm"
