@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchtune_agent.continual import OnlineContinualLearner
     from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform, TokenClass
     from torchtune_agent.metrics import DetailedMetricsTracker
     from torchtune_agent.toolworld import ToolWorld
@@ -20,6 +21,7 @@ _HOME = {
     "AgentSFTTransform": "torchtune_agent.data",
     "TokenClass": "torchtune_agent.data",
     "DetailedMetricsTracker": "torchtune_agent.metrics",
+    "OnlineContinualLearner": "torchtune_agent.continual",
     "ToolWorld": "torchtune_agent.toolworld",
     "Trainer": "torchtune_agent.training",
 }
@@ -28,6 +30,7 @@ __all__ = [
     "AgentSFTDataset",
     "AgentSFTTransform",
     "DetailedMetricsTracker",
+    "OnlineContinualLearner",
     "TokenClass",
     "ToolWorld",
     "Trainer",

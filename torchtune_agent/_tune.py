@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "qwen2_5/0.5B_agent_sft",
         "qwen2_5/7B_agent_sft",
     ),
+    "agent_replay_distributed": ("tiny/agent_replay",),
     "agent_data_check": (),
 }
 
