@@ -103,8 +103,8 @@ def mistral(folder: Path) -> MistralTokenizer:
     return MistralTokenizer(_sentencepiece(folder))  # pyright: ignore[reportAbstractUsage]
 
 
-def gemma(folder: Path) -> GemmaTokenizer:
-    model = _sentencepiece(folder, add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3)
+def gemma(folder: Path, **options: Any) -> GemmaTokenizer:
+    model = _sentencepiece(folder, add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, **options)
     return GemmaTokenizer(model)  # pyright: ignore[reportAbstractUsage]
 
 
@@ -112,9 +112,9 @@ def phi3(folder: Path) -> Phi3MiniTokenizer:
     return Phi3MiniTokenizer(_sentencepiece(folder), special_tokens=_renumbered(list(PHI3_SPECIAL_TOKENS), 380))
 
 
-def phi4(folder: Path) -> Phi4Tokenizer:
+def phi4(folder: Path, kind: type[Phi4Tokenizer] = Phi4Tokenizer) -> Phi4Tokenizer:
     vocab, merges = _vocab_and_merges(folder)
-    return Phi4Tokenizer(merges, vocab, special_tokens=_renumbered(list(PHI4_SPECIAL_TOKENS), 400))
+    return kind(merges, vocab, special_tokens=_renumbered(list(PHI4_SPECIAL_TOKENS), 400))
 
 
 ALL = {make.__name__: make for make in (chat_template, qwen2_5, llama3, llama2, mistral, gemma, phi3, phi4)}

@@ -21,6 +21,10 @@ SMALL = (
     "run_val_every_n_steps=4",
 )
 
+# The training data of tests.faulty, and what they need to be found
+FAULTY = ("dataset=tests.faulty.dataset", "trusted_components=[tests]")
+FAULTY_ENV = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+
 FROM_FILE = (
     "dataset=torchtune_agent.data.AgentSFTDataset",
     "~dataset.split",

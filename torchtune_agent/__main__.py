@@ -13,7 +13,7 @@ from torchtune_agent._tune import autoload
 
 
 def main() -> None:
-    """Makes the report or the workspace, or registers our recipes and hands over to torchtune, which reads `sys.argv`."""
+    """Makes the report or the workspace, or registers our recipes and hands `sys.argv` over to torchtune."""
     if sys.argv[1:2] == ["report"]:
         from torchtune_agent.metrics.report import main as report
 

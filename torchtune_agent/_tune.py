@@ -29,11 +29,13 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "agent_sft_distributed": (
         "agent_sft_distributed",
         "tiny/agent_sft",
+        "hf/agent_sft",
         "qwen2_5/0.5B_agent_sft",
         "qwen2_5/7B_agent_sft",
     ),
     "agent_replay_distributed": ("tiny/agent_replay",),
     "agent_data_check": (),
+    "agent_plan": (),
 }
 
 
@@ -93,27 +95,23 @@ def _validate_by_name(validate: ModuleType) -> None:
     validate.Validate._validate_cmd = validate_name_or_file
 
 
-def _end_quietly_on_mistakes(run: ModuleType) -> None:
-    """Spares users the launcher's own traceback where a worker has already said what they can mend."""
+def _launch_with_care(run: ModuleType) -> None:
+    """Has several processes started by our own `launch`, which lets them save when they are told to stop and spares
+    users torchrun's report where it is known why a run failed."""
     run_workers: Callable[..., None] = run.Run._run_distributed
     if run_workers.__module__ == __name__:
         return
 
-    def run_workers_quietly(command: Any, args: Namespace, is_builtin: bool) -> None:
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    def launch_workers(command: Any, args: Namespace, is_builtin: bool) -> None:
+        from torchtune_agent.launch import launch  # needs torch, which only a run pays for
 
-        try:
-            run_workers(command, args, is_builtin=is_builtin)
-        except ChildFailedError as error:
-            if any("torchtune_agent.errors.UserError" in str(failure.message) for failure in error.failures.values()):
-                sys.exit(1)
-            raise
+        launch(lambda: run_workers(command, args, is_builtin=is_builtin), args)
 
-    run.Run._run_distributed = run_workers_quietly
+    run.Run._run_distributed = launch_workers
 
 
 _COMPLETIONS: dict[str, Callable[[ModuleType], None]] = {
-    "torchtune._cli.run": _end_quietly_on_mistakes,
+    "torchtune._cli.run": _launch_with_care,
     "torchtune._recipe_registry": _register_recipes,
     "torchtune._cli.validate": _validate_by_name,
 }

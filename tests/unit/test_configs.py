@@ -18,9 +18,12 @@ from torchtune_agent.data import AgentSFTDataset
 from torchtune_agent.toolworld import TOKENIZER_DIR
 from torchtune_agent.training import FullParameters, Settings
 from torchtune_agent.training.sft import dataset_sections
+from torchtune_agent.training.data_check import CheckSettings
 
 NAMES = sorted({name for names in RECIPES.values() for name in names})
 SHARDS = 32
+QWEN3 = {"model_type": "qwen3", "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+QWEN3 |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40960}
 CALL = "<function=f>\n</function>"
 RECORD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": CALL}]}
 
@@ -33,7 +36,7 @@ def checkpoint_dir(tmp_path: Path) -> Path:
     tokens = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "vocab.json").write_text(json.dumps(tokens))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(QWEN3))
     weight = {"weight": torch.zeros(1)}
     save_file(weight, folder / "model.safetensors")
     for total in range(1, SHARDS):
@@ -51,6 +54,8 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, checkpoint_dir: Path)
         take_stream(cfg)
     if "checkpoint_dir" in cfg.checkpointer:
         cfg.checkpointer.checkpoint_dir = str(checkpoint_dir)
+    if "model_dir" in cfg.model:
+        cfg.model_dir = str(checkpoint_dir)
     if "data_files" in cfg.dataset:
         data = tmp_path / "data.jsonl"
         data.write_text(json.dumps(RECORD))
@@ -96,3 +101,11 @@ def test_settings_and_model_fit_together(config: DictConfig) -> None:
     assert config.tokenizer.max_seq_len <= model.max_seq_len
     modules = dict(model.named_modules())
     assert all(layer in modules for layer in settings.custom_sharded_layers or ())
+
+
+def test_one_file_serves_training_and_the_data_check() -> None:
+    config = OmegaConf.load(config_path("tiny/agent_sft"))
+    assert isinstance(config, DictConfig)
+    config.check = {"num_samples": 3}
+    assert CheckSettings.from_config(config).check.num_samples == 3
+    assert Settings.from_config(config).batch_size == config.batch_size

@@ -7,11 +7,11 @@ conversation made ready, of which every beginning can be rendered.
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from types import BuiltinMethodType
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -20,7 +20,8 @@ from jinja2.runtime import Context, LoopContext, new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from torchtune_agent.data.conversation import Conversation, Message, ToolCall
+from torchtune_agent.data.beginnings import Beginnings, beginnings, writes_messages_in_one_loop
+from torchtune_agent.data.conversation import Conversation, Message, Role, ToolCall
 from torchtune_agent.data.loop_memory import (
     MEMORY,
     TOLD_BY_LOOPS,
@@ -30,7 +31,7 @@ from torchtune_agent.data.loop_memory import (
     contents_of,
     remember_loops,
 )
-from torchtune_agent.data.tracing import Marks, free_marks, mark_literals, strings_in
+from torchtune_agent.data.tracing import Marks, call_on_marked, free_marks, mark_literals, strings_in
 from torchtune_agent.errors import UserError
 
 # What a template's own code can raise when a conversation is not what it expects.
@@ -65,8 +66,10 @@ class ChatTemplate:
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
         self._special_tokens = special_tokens
         self._date = date
-        self._compiled: dict[tuple[str, int | None], tuple[Template, dict[str, Any]]] = {}
+        self._compiled: dict[tuple[str, Marks | None], tuple[Template, dict[str, Any]]] = {}
+        self._in_one_loop: dict[str, bool] = {}
         self.endings: dict[str, Any] = {}  # how it ends with which tools, as `served` found out
+        self.own_tokens: frozenset[str] | None = None  # the assistant's, as `own_tokens` found out
         for name in self._sources:
             self._compile(name, None)
 
@@ -95,8 +98,27 @@ class ChatTemplate:
             context = new_context(template.environment, None, template.blocks, values, shared=True)
             return list(template.root_render_func(context))
         except _TEMPLATE_ERRORS as error:
-            said = marks.plain(str(error)) if marks else str(error)
-            raise RenderError("template", f"chat template: {said or type(error).__name__}") from error
+            raise _refusal(error, marks) from error
+
+    def beginnings(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        arguments: Mapping[str, Any],
+        marks: Marks | None,
+    ) -> Beginnings | None:
+        """The renderings of every beginning of `messages`; None where each has to be rendered by itself."""
+        name = self._name(tools)
+        memory: Memory = {}
+        self._compile(name, marks)
+        if not self._in_one_loop[name]:
+            return None
+        try:
+            return beginnings(
+                lambda prompt: self.pieces(messages, tools, prompt, arguments, marks, memory), memory, messages
+            )
+        except RenderError:
+            return None  # which a beginning need not share
 
     def _name(self, tools: Sequence[Any] | None) -> str:
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
@@ -106,12 +128,13 @@ class ChatTemplate:
 
     def _compile(self, name: str, marks: Marks | None) -> tuple[Template, dict[str, Any]]:
         """A template, and the variables that are the same in every rendering."""
-        key = (name, marks.plane if marks else None)
+        key = (name, marks)
         if key not in self._compiled:
-            environment = _environment(self._date)
+            environment = _environment(self._date, marks)
             source = self._sources[name]
             try:
                 tree = mark_literals(environment, source, marks) if marks else environment.parse(source)
+                self._in_one_loop[name] = writes_messages_in_one_loop(tree)
                 template = environment.from_string(remember_loops(environment, tree))
             except TemplateError as error:
                 raise UserError(f"chat template {name!r}: {error}") from error
@@ -135,31 +158,62 @@ class ChatTemplate:
         return not renders({"a": 1}) and renders('{"a": 1}')
 
 
+def _refusal(error: Exception, marks: Marks | None) -> RenderError:
+    """What an error of the template's code is to the user."""
+    said = marks.plain(str(error)) if marks else str(error)
+    return RenderError("template", f"chat template: {said or type(error).__name__}")
+
+
 class Rendering:
-    """A conversation in the form templates read, and the marks that none of its data holds."""
+    """A conversation in the form templates read, and the marks that none of its data holds.
+
+    `mark_own` marks, in what the assistant says and thinks, the tokens that are its own; where there are no marks for
+    it, `marks` is None.
+    """
 
     def __init__(
-        self, template: ChatTemplate, conversation: Conversation, arguments: Mapping[str, Any], *, traced: bool = True
+        self,
+        template: ChatTemplate,
+        conversation: Conversation,
+        arguments: Mapping[str, Any],
+        *,
+        traced: bool = True,
+        mark_own: Callable[[str], str] | None = None,
     ) -> None:
         self.template = template
         self.arguments = arguments
         self.tools = conversation.tools or None
         self.messages = [_as_template_message(m, template) for m in conversation.messages]
         self.data = [*strings_in([_without_role(m) for m in self.messages]), *strings_in([self.tools, arguments])]
-        self.marks = free_marks(self.data) if traced else None
+        self._plain_messages = self.messages
+        self.marks = free_marks(self.data, own=mark_own is not None) if traced else None
         self._memory: Memory = {}
         self._plain_memory: Memory = {}
-        if traced and self.marks is None:
+        self._beginnings: Beginnings | None | Literal["not tried"] = "not tried"
+        if traced and self.marks is None and mark_own is None:
             raise RenderError("private_use", "the text holds private-use characters of both planes 15 and 16.")
+        if mark_own is not None and self.marks is not None:
+            self.messages = [_with_own_marks(m, mark_own) for m in self.messages]
 
     def render(self, stop: int | None = None, *, prompt: bool = False, plain: bool = False) -> str:
         """The first `stop` messages (all), marked unless `plain`; `prompt` adds the generation prompt."""
+        if stop and not plain:
+            if self._beginnings == "not tried":
+                self._beginnings = self.template.beginnings(self.messages, self.tools, self.arguments, self.marks)
+            if self._beginnings is not None:
+                try:
+                    return self._beginnings.render(stop, prompt)
+                except _TEMPLATE_ERRORS as error:
+                    raise _refusal(error, self.marks) from error
         return "".join(self.pieces(stop, prompt=prompt, plain=plain))
 
     def pieces(self, stop: int | None = None, *, prompt: bool = False, plain: bool = False) -> list[str]:
         """The same text, in the pieces the template wrote it in."""
-        marks, memory = (None, self._plain_memory) if plain else (self.marks, self._memory)
-        return self.template.pieces(self.messages[:stop], self.tools, prompt, self.arguments, marks, memory)
+        if plain:
+            messages, marks, memory = self._plain_messages, None, self._plain_memory
+        else:
+            messages, marks, memory = self.messages, self.marks, self._memory
+        return self.template.pieces(messages[:stop], self.tools, prompt, self.arguments, marks, memory)
 
     def verified(self, text: str, stop: int | None = None, *, prompt: bool = False) -> bool:
         """Whether `text`, a marked rendering, is the plain one but for the marks."""
@@ -168,7 +222,8 @@ class Rendering:
     def of(self, messages: list[dict[str, Any]]) -> "Rendering":
         """The same for other messages, which must not hold marks."""
         other = copy.copy(self)
-        other.messages = messages
+        other.messages = other._plain_messages = messages
+        other._beginnings = "not tried"
         return other
 
     def flagged(self, message: int, flag: str) -> "Rendering":
@@ -176,6 +231,13 @@ class Rendering:
         words = _flagged(_without_role(self.messages[message]), flag)
         here = {**self.messages[message], **words}
         return self.of([*self.messages[:message], here, *self.messages[message + 1 :]])
+
+
+def _with_own_marks(message: dict[str, Any], mark_own: Callable[[str], str]) -> dict[str, Any]:
+    if message["role"] != Role.ASSISTANT.value:
+        return message
+    texts = {key: mark_own(message[key]) for key in ("content", "reasoning_content", "thinking") if key in message}
+    return {**message, **texts}
 
 
 def _flagged(value: Any, flag: str) -> Any:
@@ -218,10 +280,11 @@ def _without_role(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key != "role"}
 
 
-def _environment(date: datetime | None) -> Environment:
+def _environment(date: datetime | None, marks: Marks | None) -> Environment:
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock, LoopMemory]
     )
+    environment.marks = marks if marks is not None and marks.own is not None else None
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: (date or datetime.now()).strftime(form)
@@ -230,6 +293,8 @@ def _environment(date: datetime | None) -> Environment:
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Answers what templates ask most without the checks that let it pass anyway."""
+
+    marks: Marks | None = None  # where data may be marked, too
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -248,6 +313,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str:
             kwargs.pop("_loop_vars", None)  # of jinja's own, for functions that want the context
             kwargs.pop("_block_vars", None)
+            if __self.marks is not None and not __obj.__self__.isascii():
+                return call_on_marked(__self.marks, __obj, args, kwargs)
             return __obj(*args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 

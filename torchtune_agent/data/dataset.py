@@ -15,6 +15,7 @@ from torchtune.data import Message
 from torchtune_agent.config import component, instantiate
 from torchtune_agent.data import fingerprint
 from torchtune_agent.data.cache import cache_folder, fetch
+from torchtune_agent.data.control_tokens import Spelled
 from torchtune_agent.data.conversation import Conversation
 from torchtune_agent.data.encode import (
     ChatTemplateEncoder,
@@ -30,6 +31,7 @@ from torchtune_agent.data.quarantine import DataReport
 from torchtune_agent.data.reasons import BadRecord
 from torchtune_agent.data.served import TrainOn
 from torchtune_agent.data.sources import Source, place
+from torchtune_agent.data.spelled import SpelledTokens
 from torchtune_agent.data.store import TokenStore
 from torchtune_agent.data.tagging import CallMarkers, call_styles
 from torchtune_agent.data.templates import ChatTemplateTokenizer
@@ -59,6 +61,8 @@ class AgentSFTTransform:
         train_on_tool_calls_only: train only the tokens of tool calls (and the end of turns that have one).
         train_on_reasoning_only: train only the tokens outside of tool calls (and the end of turns that have one).
         class_weights: {class: weight} of the loss, for example {arg_value: 2.0}.
+        control_tokens: what to do with data that spells a control token: encode it as "text", or "refuse" the record.
+            By default what `chat_template_tokenizer` was told, and "text" with other tokenizers.
         call_style: how calls are written in the assistant's text: a name of `tagging.STYLES`, "auto", or a dotted path.
         tool_call_start_token, tool_call_end_token: the texts that open and close a call, instead of a style.
         max_seq_len: the most tokens in a sample; the tokenizer's `max_seq_len` holds as well.
@@ -77,6 +81,7 @@ class AgentSFTTransform:
         train_on_tool_calls_only: bool = False,
         train_on_reasoning_only: bool = False,
         class_weights: Mapping[str, float] | None = None,
+        control_tokens: Spelled | None = None,
         call_style: str = "auto",
         tool_call_start_token: str | None = None,
         tool_call_end_token: str | None = None,
@@ -85,6 +90,8 @@ class AgentSFTTransform:
     ) -> None:
         _one_of("train_on", train_on, ("all", "last", "explicit"))
         _one_of("over_long", over_long, ("right", "drop", "turns"))
+        if control_tokens is not None:
+            _one_of("control_tokens", control_tokens, ("text", "refuse"))
         if max_seq_len is not None and max_seq_len < 1:
             raise UserError(f"dataset.max_seq_len={max_seq_len}: must be at least 1.")
         limits = [limit for limit in (max_seq_len, tokenizer.max_seq_len) if limit is not None]
@@ -111,23 +118,25 @@ class AgentSFTTransform:
             "message_transform": _with_component(message_transform),
             "classified": enable_token_classification,
             "train_on": train_on,
+            "control_tokens": control_tokens,
             "weights": {kind.name: weight for kind, weight in self._weights.items()},
             "style": component(style, "dataset.call_style") if "." in style else style,
             "markers": markers and [markers.start, markers.end],
             "max_seq_len": self.max_seq_len,
             "over_long": over_long,
         }
-        self._encoder = self._make_encoder(tokenizer, train_on, style, markers, None)
-        self._cutting_encoder = self._make_encoder(tokenizer, train_on, style, markers, self.max_seq_len)
 
-    def _make_encoder(
-        self, tokenizer: Any, train_on: TrainOn, style: str, markers: CallMarkers | None, limit: int | None
-    ) -> ChatTemplateEncoder | TorchtuneEncoder | MaskEncoder:
-        chat = isinstance(tokenizer, ChatTemplateTokenizer) and self._message_transform is None
-        if not self._classified and not chat:
-            return MaskEncoder(tokenizer, train_on, limit)
-        classifier = Classifier(vocabulary(tokenizer), limit, style, markers)
-        return (ChatTemplateEncoder if chat else TorchtuneEncoder)(tokenizer, classifier, train_on)
+        def encoder(limit: int | None) -> ChatTemplateEncoder | TorchtuneEncoder | MaskEncoder:
+            chat = isinstance(tokenizer, ChatTemplateTokenizer) and self._message_transform is None
+            if not self._classified and not chat:
+                return MaskEncoder(tokenizer, _spelled(tokenizer, control_tokens), train_on, limit)
+            classifier = Classifier(vocabulary(tokenizer), limit, style, markers)
+            if chat:
+                return ChatTemplateEncoder(tokenizer, classifier, train_on, control_tokens)
+            return TorchtuneEncoder(tokenizer, classifier, train_on, control_tokens or "text")
+
+        self._encoder = encoder(None)
+        self._cutting_encoder = encoder(self.max_seq_len)
 
     @property
     def reads_conversations(self) -> bool:
@@ -236,6 +245,16 @@ def _format_of_user(path: str) -> Any:
     return component(path, "dataset.format")
 
 
+def _spelled(tokenizer: Any, control_tokens: Spelled | None) -> SpelledTokens | None:
+    """None where what this tokenizer makes of a text cannot be known."""
+    try:
+        return SpelledTokens(tokenizer, vocabulary(tokenizer), control_tokens or "text")
+    except UserError:
+        if control_tokens is None:
+            return None
+        raise
+
+
 def _with_component(config: Any) -> Any:
     if not isinstance(config, Mapping):
         return config
@@ -315,6 +334,7 @@ class AgentSFTDataset(Dataset):
         train_on_tool_calls_only: bool = False,
         train_on_reasoning_only: bool = False,
         class_weights: Mapping[str, float] | None = None,
+        control_tokens: Spelled | None = None,
         call_style: str = "auto",
         tool_call_start_token: str | None = None,
         tool_call_end_token: str | None = None,
@@ -335,6 +355,7 @@ class AgentSFTDataset(Dataset):
             train_on_tool_calls_only=train_on_tool_calls_only,
             train_on_reasoning_only=train_on_reasoning_only,
             class_weights=class_weights,
+            control_tokens=control_tokens,
             call_style=call_style,
             tool_call_start_token=tool_call_start_token,
             tool_call_end_token=tool_call_end_token,
@@ -351,6 +372,10 @@ class AgentSFTDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return as_sample(self._store[index])
+
+    def fingerprint(self) -> str:
+        """Of all samples: equal ones mean equal samples, whatever file they are from."""
+        return self._store.fingerprint()
 
     def conversations(self) -> Iterator[tuple[str, Conversation]]:
         """The sound conversations, read once more, and where their records stand. None where a message transform reads

@@ -7,6 +7,7 @@ left of a message's tokens is its text, whatever it says.
 """
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,11 +15,14 @@ from typing import Any
 
 import numpy as np
 from torchtune.data import Message
+from torchtune.models.phi4._tokenizer import Phi4Tokenizer
 
+from torchtune_agent.data.control_tokens import Spelled
 from torchtune_agent.data.conversation import Conversation
 from torchtune_agent.data.messages import to_torchtune
 from torchtune_agent.data.reasons import BadRecord
 from torchtune_agent.data.served import TrainOn, chosen_turns
+from torchtune_agent.data.spelled import SpelledTokens, heeding
 from torchtune_agent.data.tagging import CallMarkers, Tags, tag_turn, tags_per_token
 from torchtune_agent.data.templates import ChatTemplateTokenizer
 from torchtune_agent.data.token_class import TokenClass
@@ -27,6 +31,7 @@ from torchtune_agent.errors import UserError
 
 # Plain numbers: numpy takes them faster than members.
 _IGNORED, _SPECIAL, _REASONING = map(int, (TokenClass.IGNORED, TokenClass.SPECIAL, TokenClass.REASONING))
+_CALL_NAMES = re.compile(b"%c+" % TokenClass.CALL_NAME)  # in classes as bytes: a turn is too short for numpy to be fast
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Turn:
     stop: int
     weight: float = 1.0
     has_calls: bool = True  # False for a user's turn, whose text is never a call
+    thinking: bool = False  # the prompt opened <think>
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,14 @@ class Classifier:
                 text, starts = self.vocabulary.spell(tokens[part])
                 cut = turn.end > kept
                 first = len(tools)
-                tags, after = tag_turn(text, truncated=cut, style=self.style, markers=self.markers, first_call=first)
+                tags, after = tag_turn(
+                    text,
+                    truncated=cut,
+                    style=self.style,
+                    markers=self.markers,
+                    first_call=first,
+                    thinking=turn.thinking,
+                )
                 tools += called_names(text, tags, first, after)
                 folded = tags_per_token(tags, starts[:-1])
                 classes[part], calls[part] = folded.classes, folded.calls
@@ -91,9 +104,9 @@ def called_names(text: bytes, tags: Tags, first: int, after: int) -> list[str]:
     """The names in calls `first` to `after`; "" where a call has none."""
     names = [""] * (after - first)
     if names:
-        at = np.flatnonzero(tags.classes == TokenClass.CALL_NAME)
-        for span in np.split(at, np.flatnonzero(np.diff(at) != 1) + 1) if len(at) else ():
-            names[tags.calls[span[0]] - first] += text[span[0] : span[-1] + 1].decode("utf-8", "replace")
+        for span in _CALL_NAMES.finditer(tags.classes.tobytes()):
+            name = text[span.start() : span.end()].decode("utf-8", "replace")
+            names[tags.calls[span.start()] - first] += name
     return names
 
 
@@ -104,16 +117,23 @@ class ChatTemplateEncoder:
     tokenizer: ChatTemplateTokenizer
     classify: Classifier
     train_on: TrainOn = "all"
+    control_tokens: Spelled | None = None  # instead of the tokenizer's
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
         try:
-            samples = self.tokenizer.samples(conversation, train_on=self.train_on)
+            samples = self.tokenizer.samples(conversation, train_on=self.train_on, control_tokens=self.control_tokens)
         except UserError as error:
             raise BadRecord("unsupported_content", str(error)) from error
         result = []
         for sample in samples:
             turns = [
-                Turn(t.first_token, t.end_token, t.stop_token, conversation.messages[t.message].weight)
+                Turn(
+                    t.first_token,
+                    t.end_token,
+                    t.stop_token,
+                    conversation.messages[t.message].weight,
+                    thinking=t.thinking,
+                )
                 for t in sample.turns
             ]
             result.append(self.classify(sample.tokens, turns))
@@ -127,17 +147,22 @@ class TorchtuneEncoder:
     tokenizer: Any
     classify: Classifier
     train_on: TrainOn = "all"
+    control_tokens: Spelled = "text"
 
     def __post_init__(self) -> None:
-        self._unlimited = _without_limit(self.tokenizer)
+        self._unlimited = heeding(_without_limit(self.tokenizer))
+        self._spelled = SpelledTokens(self.tokenizer, self.classify.vocabulary, self.control_tokens)
         self._frame = cache(self._measure_frame)
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
-        messages, weights = to_torchtune(conversation, self.tokenizer, chosen_turns(conversation, self.train_on))
-        return self.encode_messages(messages, weights)
+        chosen = chosen_turns(conversation, self.train_on)
+        return self._encode(*to_torchtune(conversation, self.tokenizer, chosen, self._spelled.joined))
 
-    def encode_messages(self, messages: Sequence[Message], weights: Sequence[float] | None = None) -> list[Encoded]:
-        """The sample of torchtune messages, trained where they are not masked."""
+    def encode_messages(self, messages: Sequence[Message]) -> list[Encoded]:
+        """The sample of somebody else's torchtune messages, trained where they are not masked."""
+        return self._encode([self._spelled.in_message(message) for message in messages])
+
+    def _encode(self, messages: Sequence[Message], weights: Sequence[float] | None = None) -> list[Encoded]:
         trained = [i for i, message in enumerate(messages) if not message.masked]
         if not trained:
             return []
@@ -186,15 +211,20 @@ class MaskEncoder:
     """Without classes: any torchtune tokenizer, and its own mask says what is trained."""
 
     tokenizer: Any
+    spelled: SpelledTokens | None  # None for a tokenizer of the user's, which may do with texts as it likes
     train_on: TrainOn = "all"
     max_seq_len: int | None = None
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
-        messages, _ = to_torchtune(conversation, self.tokenizer, chosen_turns(conversation, self.train_on))
-        return self.encode_messages(messages)
+        chosen = chosen_turns(conversation, self.train_on)
+        joined = self.spelled.joined if self.spelled else lambda pieces: "".join(text for text, _ in pieces)
+        return self._encode(to_torchtune(conversation, self.tokenizer, chosen, joined)[0])
 
     def encode_messages(self, messages: Sequence[Message]) -> list[Encoded]:
-        tokens, mask = _tokenize(_without_limit(self.tokenizer), messages)
+        return self._encode([self.spelled.in_message(message) if self.spelled else message for message in messages])
+
+    def _encode(self, messages: Sequence[Message]) -> list[Encoded]:
+        tokens, mask = _tokenize(heeding(_without_limit(self.tokenizer)), messages)
         kept = len(tokens) if self.max_seq_len is None else min(len(tokens), self.max_seq_len)
         trained = ~np.asarray(mask[:kept], bool)
         classes = np.where(trained, TokenClass.REASONING, TokenClass.IGNORED).astype(np.uint8)
@@ -214,8 +244,10 @@ def _without_limit(tokenizer: Any) -> Any:
 
 
 def _tokenize(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    # Phi-4's ends the assistant's turns only where it is told to; the others do it anyway.
+    options = {"add_eos": True} if isinstance(tokenizer, Phi4Tokenizer) else {}
     try:
-        return tokenizer.tokenize_messages(list(messages))
+        return tokenizer.tokenize_messages(list(messages), **options)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise BadRecord("unsupported_content", f"{type(tokenizer).__name__} refuses it: {error}") from error
 

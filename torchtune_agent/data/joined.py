@@ -4,9 +4,13 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from torchtune_agent.data.fingerprint import combine
+
+_NUM_PROBED = 64
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,13 @@ class SampleInfo:
     where: str  # of its record: file:line, or source[index]
     source: str  # what the record says it is from (its `source`), else its file
     tools: tuple[str, ...]  # the name in every call
+
+
+@runtime_checkable
+class Known(Protocol):
+    """A data set that knows what its samples are without reading them all."""
+
+    def fingerprint(self) -> str: ...
 
 
 class JoinedDataset:
@@ -45,7 +56,18 @@ class JoinedDataset:
         name = self._names[part]
         return own(inside) if own is not None else SampleInfo(f"{name}[{inside}]", name, ())
 
+    def fingerprint(self) -> str:
+        """Of all samples, by content; of a data set that does not know its own, of a few of its samples."""
+        return combine([part.fingerprint() if isinstance(part, Known) else _of_some(part) for part in self._parts])
+
     def _find(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]
         part = bisect_right(self._starts, index) - 1
         return part, index - self._starts[part]
+
+
+def _of_some(part: Any) -> str:
+    """Of how many samples there are, and of the tokens and labels of some: reading all may mean tokenizing them."""
+    chosen = sorted({len(part) * i // _NUM_PROBED for i in range(_NUM_PROBED)}) if len(part) else []
+    samples = [part[i] for i in chosen]
+    return combine([len(part), [[list(map(int, sample[key])) for key in ("tokens", "labels")] for sample in samples]])

@@ -12,19 +12,37 @@ from typing import Protocol
 import numpy as np
 
 from torchtune_agent.data.collate import Batch, Collator
+from torchtune_agent.data.fingerprint import combine
 from torchtune_agent.data.joined import JoinedDataset, SampleInfo
 from torchtune_agent.data.packing import pack
 
 
 class BatchSource(Protocol):
-    """What a recipe plugs into the Trainer as data."""
+    """What a recipe plugs into the Trainer as data.
+
+    An epoch is a sequence of rows, which belongs to the run; a step takes the next few of them, however many ranks
+    share in it. One that changes as the run goes on declares that as training.state.Stateful.
+    """
 
     @property
-    def steps_per_epoch(self) -> int: ...
-
-    def epoch(self, number: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches, one list per optimizer step; every rank's lists have equal lengths."""
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
         ...
+
+    @property
+    def rows_per_step(self) -> int:
+        """What a step takes, over all ranks, but for an epoch's last."""
+        ...
+
+    def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro-batches from `first_row` of the epoch on, one list per optimizer step; every rank's lists
+        have equal lengths."""
+        ...
+
+
+def num_steps(source: BatchSource, first_row: int = 0) -> int:
+    """Steps in an epoch of `source`, from `first_row` on."""
+    return -(-(source.num_rows - first_row) // source.rows_per_step)
 
 
 @dataclass(frozen=True)
@@ -39,9 +57,6 @@ class StepPlan:
     @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.dp_size
-
-    def num_steps(self, num_rows: int) -> int:
-        return -(-num_rows // self.rows_per_step)
 
     def step(self, rows: Sequence[int]) -> list[Sequence[int]]:
         """This rank's share of one step's rows, one entry per micro-batch (empty where it has none)."""
@@ -83,8 +98,8 @@ class SampleLoader:
         return [number] if self._packs is None else self._packs[number]
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self._plan.num_steps(self.num_rows)
+    def rows_per_step(self) -> int:
+        return self._plan.rows_per_step
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers in the order the epoch trains them, the same on every rank."""
@@ -92,11 +107,16 @@ class SampleLoader:
             return np.arange(self.num_rows)
         return np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
 
-    def epoch(self, number: int) -> Iterator[list[Batch]]:
-        order = self.order(number)
+    def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
+        order = self.order(number)[first_row:]
         for start in range(0, len(order), self._plan.rows_per_step):
             step = order[start : start + self._plan.rows_per_step].tolist()
             yield [self._collate(rows) for rows in self._plan.step(step)]
+
+    def fingerprint(self) -> str:
+        """Of what an epoch is made of: every sample, and which share a row."""
+        rows = [] if self._packs is None else ["packed", self._packs]
+        return f"{len(self._dataset):,} samples, {combine([self._dataset.fingerprint(), rows])}"
 
     def _collate(self, rows: Sequence[int]) -> Batch:
         samples = [self.row(row) for row in rows]

@@ -9,7 +9,7 @@ be changed by a sandboxed template. A loop for which this does not hold is left 
 
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from jinja2 import Environment, Undefined, nodes, pass_context
@@ -36,16 +36,28 @@ class _Iteration(NamedTuple):
     after: State
 
 
-class _Run(NamedTuple):
-    """The last run of a loop; `furthest` is how far each item and those before it looked ahead."""
+class Run(NamedTuple):
+    """The last run of a loop; `furthest` is how far each item and those before it looked ahead, `iterate` runs its body
+    for one of some items."""
 
     variables: list[Any]
     items: Sequence[Any]
     iterations: list[_Iteration]
     furthest: list[int]
+    text: str
+    iterate: Callable[[Sequence[Any], int], tuple[str, int]]
+
+    def num_unchanged(self, stop: int) -> int:
+        """How many iterations of a loop over the first `stop` items begin it as here, by what they looked at."""
+        return bisect_left(self.furthest, stop, hi=stop)
+
+    def text_of(self, index: int, stop: int) -> str:
+        """What the item wrote in a loop over the first `stop` items, where loops write no namespace."""
+        known = self.iterations[index]
+        return known.text if known.reach < stop else self.iterate(self.items[:stop], index)[0]
 
 
-Memory: TypeAlias = dict[int, _Run]
+Memory: TypeAlias = dict[int, Run]
 
 
 class RememberingLoop:
@@ -110,15 +122,20 @@ class LoopMemory(Extension):
         furthest = past.furthest[:num_same] if past is not None else []
         state = iterations[-1].after if iterations else state
         behind = writes and num_same > 0  # the namespaces are not yet in this state
+
+        def iterate(items: Sequence[Any], index: int) -> tuple[str, int]:
+            position = RememberingLoop(items, index, self.environment)
+            sequence = items if type(iterable) is list else iterable
+            return caller._func(items[index], position, position, sequence), position.reach  # nothing is escaped here
+
         for index in range(num_same, len(items)):
             known = past.iterations[index] if past is not None and index < num_known else None
             if known is None or known.reach >= num_known or state is None or known.before != state:
                 if behind:
                     _set_state(namespaces, state)
-                position = RememberingLoop(items, index, self.environment)
-                text = caller(items[index], position, position)
+                text, reach = iterate(items, index)
                 after = _state(namespaces) if writes else state
-                known = _Iteration(text, position.reach if after is not None else _FAR, state, after)
+                known = _Iteration(text, reach if after is not None else _FAR, state, after)
                 behind = False
             else:
                 behind = writes
@@ -127,15 +144,16 @@ class LoopMemory(Extension):
             state = known.after
         if behind:
             _set_state(namespaces, state)
-        memory[loop] = _Run(values, items, iterations, furthest)
-        return "".join([iteration.text for iteration in iterations])
+        text = "".join([iteration.text for iteration in iterations])
+        memory[loop] = Run(values, items, iterations, furthest, text, iterate)
+        return text
 
 
-def _num_unchanged(past: _Run, num_known: int, state: State) -> int:
+def _num_unchanged(past: Run, num_known: int, state: State) -> int:
     """How many iterations a loop that starts in `state` begins with as before, `num_known` items being the same."""
     if not num_known or state is None or past.iterations[0].before != state:
         return 0
-    return bisect_left(past.furthest, num_known, hi=num_known)
+    return past.num_unchanged(num_known)
 
 
 def _num_same(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -241,7 +259,7 @@ def _remembered(loop: nodes.For, number: int, macros: nodes.Node, environment: E
     run = nodes.ExtensionAttribute(LoopMemory.identifier, "run")
     arguments = [nodes.Const(number), nodes.Const(writes), loop.iter]
     arguments += [nodes.Name(name, "load") for name in sorted(variables)]
-    parameters = [nodes.Name(name, "param") for name in (loop.target.name, "loop", _LOOP)]
+    parameters = [nodes.Name(name, "param") for name in (loop.target.name, "loop", _LOOP, loop.iter.name)]
     body = _Noting(loop.iter.name).visit(body).body
     block = nodes.CallBlock(nodes.Call(run, arguments, [], None, None), parameters, [], body)
     block.set_lineno(loop.lineno)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchtune_agent.data.reasons import BadRecord, ReasonCode
 from torchtune_agent.errors import UserError
+from torchtune_agent.screen import printable
 
 _NUM_LISTED = 5  # records named on screen; all are counted, and all are in the file
 _EXCERPT = 200
@@ -101,8 +102,3 @@ def write_quarantine(left_out: Iterable[LeftOut], path: Path) -> None:
     rows = [json.dumps(asdict(item), ensure_ascii=False) for item in left_out]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-
-
-def printable(text: str) -> str:
-    """Text from data with everything that could drive a terminal, or not be encoded, written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -6,8 +6,10 @@ shows a turn differently later on, so its turns make several texts; turns whose 
 before join it, so that most templates give one text per conversation, and every turn is in exactly one text.
 
 Three things templates do beyond that, and what it means here:
-- The generation prompt may say more than the rendered turn has (`<think>` opened for the model). The context is then
-  what both have in common, and the turn is not `as_served`.
+- The generation prompt may open `<think>` where the rendered turn has no thinking (DeepSeek-R1 drops it). What the
+  assistant thought is then written as the model had to: right behind the prompt, closed by `</think>`. Of a message
+  without thinking, and wherever else the prompt says more than the rendered turn has, the context is what both have in
+  common, and the turn is not `as_served`.
 - The turn may change what stands before it (gpt-oss drops the analysis before a final answer). The context is as
   served, and the turn's own text is what follows the last generation prompt before its first words.
 - What is written only because the conversation ends (an end-of-text token) belongs to no turn.
@@ -25,6 +27,8 @@ from torchtune_agent.data.conversation import Conversation, Role
 TrainOn = Literal["all", "last", "explicit"]
 History = Literal["as_served", "single"]
 
+THINK, THINK_END = "<think>", "</think>"
+_LONGEST_OPENING = 20  # characters: <think> with white space around it
 _MAX_ENDINGS = 1000  # remembered for each template: one for every list of tools
 
 
@@ -46,7 +50,8 @@ class Place:
     end: int
     stop: int
     as_served: bool
-    left_out: tuple[str, ...]  # of "content", "reasoning": what the template did not write
+    thinking: bool  # the words begin inside of <think>
+    left_out: tuple[str, ...]  # of "content", "reasoning": what is not in the text
 
 
 @dataclass
@@ -99,6 +104,7 @@ class _Said:
     tail: str
     sources: list[Source]
     as_served: bool
+    thinking: bool
 
     def follows(self, other: "_Said") -> bool:
         """Whether the context is one that continues the other turn."""
@@ -106,7 +112,8 @@ class _Said:
 
     def place(self, message: int, start: int, left_out: tuple[str, ...], *, as_served: bool = True) -> Place:
         stop = start + len(self.words)
-        return Place(message, start, stop - self.num_ending, stop, as_served and self.as_served, left_out)
+        served = as_served and self.as_served
+        return Place(message, start, stop - self.num_ending, stop, served, self.thinking, left_out)
 
 
 class _Turns:
@@ -134,7 +141,7 @@ class _Turns:
         result = Draft(whole, sources=[Source(whole, len(self._rendering.messages))])
         stop = 0
         for message in chosen:
-            said = self._said(message)
+            said = self._said(message, as_rendered=True)
             start = len(said.context)
             if whole.startswith(said.words, start) and whole.startswith(said.context):
                 place = said.place(message, start, self._left_out(message, said.words))
@@ -144,7 +151,8 @@ class _Turns:
             stop = place.stop
         return result
 
-    def _said(self, message: int) -> _Said:
+    def _said(self, message: int, *, as_rendered: bool = False) -> _Said:
+        """One turn; with `as_rendered`, only what the template writes of it."""
         served = self._rendering.render(message, prompt=True)
         through = self._rendering.render(message + 1)
         sources = [Source(through, message + 1)]
@@ -153,6 +161,9 @@ class _Turns:
         without_prompt = _num_common(served, self._rendering.render(message))
         common = self._outside_a_token(through, _num_common(served, through))
         if common >= without_prompt:
+            thought = "" if as_rendered else self._thought(message, served[common:], through[common:])
+            if thought:
+                return self._cut(served, thought + through[common:], sources, as_served=True)
             return self._cut(served[:common], through[common:], sources, as_served=False)
         span = self._data_span(message, through, message + 1)
         start = self._after_header(through, served, without_prompt, span[0] if span else len(through))
@@ -160,6 +171,22 @@ class _Turns:
             raise RenderError("rewrites", f"chat template: message {message} is not what follows its context.")
         sources.append(Source(served, message, prompt=True))
         return self._cut(served, through[start:], sources, as_served=True)
+
+    def _thought(self, message: int, prompt: str, rest: str) -> str:
+        """What a message thought and `</think>`, where the prompt ends in `prompt`, an opened `<think>`, and `rest`,
+        what the template wrote of the message, has no thinking."""
+        plain = self._marks.plain if self._marks else str
+        if plain(prompt).strip() != THINK or THINK_END in plain(rest):
+            return ""
+        form = self._rendering.messages[message]
+        close = self._marks.mark(THINK_END) if self._marks else THINK_END
+        if plain(form.get("reasoning_content", "")).strip():
+            return form["reasoning_content"].strip("\n") + f"\n{close}\n\n"
+        before = plain(form["content"]).rfind(THINK_END)
+        thought = form["content"][: max(0, before)].lstrip()
+        if plain(thought).startswith(THINK):
+            thought = thought[len(THINK) :]
+        return thought.lstrip("\n") + close if plain(thought).strip() else ""
 
     def _after_header(self, text: str, served: str, without_prompt: int, before: int) -> int | None:
         """The end of the last header before position `before` of `text`: of the generation prompt that `served` ends
@@ -179,7 +206,12 @@ class _Turns:
             words = kept  # no end-of-turn in sight, so this white space may be the assistant's
         known = next((t for t in self._controls.specials(self._marks) if words.endswith(t)), "")
         num_ending = len(known) or (len(ending.turn) if ending.turn and words.endswith(ending.turn) else 0)
-        return _Said(context, words, num_ending, rest[len(words) :], sources, as_served)
+        return _Said(context, words, num_ending, rest[len(words) :], sources, as_served, self._in_thinking(context))
+
+    def _in_thinking(self, context: str) -> bool:
+        """Whether a context ends with an opened `<think>`."""
+        end = context[-_LONGEST_OPENING:].rstrip()
+        return (self._marks.plain(end) if self._marks else end).endswith(THINK)
 
     def _outside_a_token(self, text: str, at: int) -> int:
         """`at`, or where the special token or end-of-turn begins that it is inside of: two may begin alike."""
@@ -222,7 +254,8 @@ class _Turns:
         if stop < first + len(ending):
             stop = last + next((len(t) for t in self._controls.specials(self._marks) if whole.startswith(t, last)), 0)
         known = next((t for t in self._controls.specials(self._marks) if whole.endswith(t, start, stop)), "")
-        return Place(message, start, stop - len(known), stop, False, self._left_out(message, whole[start:stop]))
+        left_out = self._left_out(message, whole[start:stop])
+        return Place(message, start, stop - len(known), stop, False, self._in_thinking(whole[:start]), left_out)
 
     def _left_out(self, message: int, words: str) -> tuple[str, ...]:
         """What of the message the template did not write. Calls that would be lost are an error: the turn would be
@@ -234,11 +267,17 @@ class _Turns:
                     "left_out",
                     f"chat template: it does not write message {message}'s call to {call['function']['name']!r}.",
                 )
-        parts = {"content": form["content"], "reasoning": form.get("reasoning_content", "")}
-        words = self._marks.plain(words) if self._marks else words
-        return tuple(
-            name for name, text in parts.items() if any(t.strip() not in words for t in re.split("</?think>", text))
-        )
+        plain = self._marks.plain if self._marks else str
+        parts = {"content": plain(form["content"]), "reasoning": plain(form.get("reasoning_content", ""))}
+        # What stands between the marks of the words is in them without marks as well: most often that is all.
+        parts = {name: text for name, text in parts.items() if _is_missing(text, words)}
+        words = plain(words) if parts else words
+        return tuple(name for name, text in parts.items() if _is_missing(text, words))
+
+
+def _is_missing(text: str, words: str) -> bool:
+    parts = re.split("</?think>", text) if "think>" in text else (text,)
+    return any(part.strip() not in words for part in parts)
 
 
 def _ending(rendering: Rendering) -> _Ending:

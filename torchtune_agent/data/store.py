@@ -4,6 +4,7 @@ Tokens stand end to end. What is said of them (class, call, weight) changes rare
 is kept as runs of equal ones.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ _SAMPLE = np.dtype(
 _DTYPES = {"tokens": _TOKEN, "runs": _RUN, "calls": _CALL, "samples": _SAMPLE}
 _FLAT = ("tokens", "runs", "calls")
 _SUMMARY = "summary.json"
+_BLOCK = 1 << 20  # entries
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class TokenStore:
         self._tokens, self._runs, self._calls, self._samples = tokens, runs, calls, samples
         self.summary = summary
         self.folder = folder
+        self._digest: str | None = None
 
     @classmethod
     def in_memory(cls, parts: Iterable[Part], summary: dict[str, Any]) -> "TokenStore":
@@ -140,6 +143,16 @@ class TokenStore:
             return None
         tokens, runs, calls, samples = (_map(folder / f"{name}.bin", dtype) for name, dtype in _DTYPES.items())
         return cls(tokens, runs, calls, samples, written["summary"], folder)
+
+    def fingerprint(self) -> str:
+        """Of every sample: equal ones mean equal samples in the same order, wherever they were read from."""
+        if self._digest is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for array in (self._tokens, self._runs, self._samples["tokens"], self._samples["runs"]):
+                for start in range(0, len(array), _BLOCK):
+                    digest.update(np.ascontiguousarray(array[start : start + _BLOCK]).tobytes())
+            self._digest = digest.hexdigest()
+        return self._digest
 
     def __len__(self) -> int:
         return len(self._samples)

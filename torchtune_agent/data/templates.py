@@ -4,7 +4,7 @@ Training must see the tokens the server will show, so the text comes from the te
 sandbox, and not from rules written again in Python; tokens equal `transformers`' `apply_chat_template`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from datetime import datetime, time
@@ -18,10 +18,13 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from torchtune_agent.data.chat_template import ChatTemplate, Rendering
 from torchtune_agent.data.control_tokens import ControlTokens, EncodedText, Spelled
 from torchtune_agent.data.conversation import Conversation, Message, Role
+from torchtune_agent.data.own_tokens import own_tokens
 from torchtune_agent.data.served import Draft, History, TrainOn, chosen_turns, draft
 from torchtune_agent.data.tokenizer_folder import TokenizerFolder, byte_of_char
+from torchtune_agent.data.tracing import WITH_OWN
 from torchtune_agent.errors import UserError, did_you_mean
 
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _ROLE_IN_TEMPLATES = {"ipython": "tool"}
 
 
@@ -31,8 +34,9 @@ class Turn:
     words and [end, stop) its end-of-turn; the same for tokens. Where the tokenizer joins a character of the header or
     of what follows with one of the turn, that token is not the turn's.
 
-    `as_served` is False where the context is not exactly what a server shows; `left_out` names what of the message
-    (content, reasoning) the template did not write as it stands.
+    `as_served` is False where the context is not exactly what a server shows; `thinking` says that the context opened
+    `<think>`, so that the words begin inside of it; `left_out` names what of the message (content, reasoning) is not
+    in the text as it stands.
     """
 
     message: int
@@ -43,6 +47,7 @@ class Turn:
     end_token: int
     stop_token: int
     as_served: bool
+    thinking: bool
     left_out: tuple[str, ...]
 
 
@@ -62,7 +67,8 @@ class ChatTemplateTokenizer(ModelTokenizer):
         path: the folder.
         max_seq_len: `tokenize_messages` cuts there.
         template_args: variables for the template, such as {enable_thinking: false}.
-        control_tokens: what to do with data that spells a control token: encode it as "text", or "refuse" it.
+        control_tokens: what to do with data that spells a control token: encode it as "text", or "refuse" it. What the
+            assistant says and thinks may hold its own tokens (`own_tokens`), such as `<tool_call>`.
         history: "as_served" trains every turn in the context a server would have shown it, which takes several
             samples where the template rewrites history; "single" makes one sample of each conversation.
         date: the day the template is told (today), as 2026-01-31 or an object.
@@ -85,6 +91,7 @@ class ChatTemplateTokenizer(ModelTokenizer):
         self._tokenizer = folder.tokenizer
         self._template = ChatTemplate(folder.chat_templates, folder.special_tokens, _as_datetime(date))
         self._controls = ControlTokens(self._tokenizer)
+        self._named = [text for name, text in folder.special_tokens.items() if name in _NAMED]
         self.template_args = dict(template_args or {})
         self._spelled: Spelled = control_tokens
         self._history: History = history
@@ -111,37 +118,46 @@ class ChatTemplateTokenizer(ModelTokenizer):
 
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
-        return self._rendering(conversation, traced=False).render(prompt=add_generation_prompt)
+        rendering = Rendering(self._template, conversation, self.template_args, traced=False)
+        return rendering.render(prompt=add_generation_prompt)
 
     def tokenize(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> list[int]:
         """The tokens of the conversation; what data spells is never a control token."""
         return self._encode_whole(conversation, add_generation_prompt)[2].tokens
 
+    @property
+    def own_tokens(self) -> frozenset[str]:
+        """The control tokens that an assistant may write itself."""
+        return own_tokens(self._template, self._controls, self._named)
+
     def samples(
-        self, conversation: Conversation, *, train_on: TrainOn = "all", history: History | None = None
+        self,
+        conversation: Conversation,
+        *,
+        train_on: TrainOn = "all",
+        history: History | None = None,
+        control_tokens: Spelled | None = None,
     ) -> list[Sample]:
         """What to train on: every chosen assistant turn in exactly one sample; none where nothing is chosen.
 
         Args:
             conversation: the record; a message's own `train` decides before `train_on`.
             train_on: "all" assistant turns, the "last", or only those whose `train` is true ("explicit").
-            history: instead of the tokenizer's.
+            history, control_tokens: instead of the tokenizer's.
         """
         _one_of("train_on", train_on, ("all", "last", "explicit"))
         chosen = chosen_turns(conversation, train_on)
         if not chosen:
             return []
-        history = history or self._history
-        rendering = self._rendering(conversation)
-        drafts = draft(rendering, self._controls, chosen, history)
-        if drafts is None:
-            rendering = self._rendering(conversation, traced=False)
-            drafts = draft(rendering, self._controls, chosen, history) or []
-        return [self._as_sample(made, rendering) for made in drafts]
+        for rendering in self._renderings(conversation):
+            drafts = draft(rendering, self._controls, chosen, history or self._history)
+            if drafts is not None:
+                return [self._as_sample(made, rendering, control_tokens or self._spelled) for made in drafts]
+        raise AssertionError("the plain rendering is always right")
 
-    def _as_sample(self, made: Draft, rendering: Rendering) -> Sample:
+    def _as_sample(self, made: Draft, rendering: Rendering, spelled: Spelled) -> Sample:
         text = made.text + made.tail
-        encoded = self._encode_rendered(text, rendering)
+        encoded = self._controls.encode(text, rendering.marks, rendering.data, spelled)
         turns = []
         for place in made.turns:
             first, stop = encoded.within(place.start, place.stop)
@@ -156,24 +172,31 @@ class ChatTemplateTokenizer(ModelTokenizer):
                     end_token=end,
                     stop_token=stop,
                     as_served=place.as_served,
+                    thinking=place.thinking,
                     left_out=place.left_out,
                 )
             )
         return Sample(encoded.text, encoded.tokens, turns)
 
-    def _rendering(self, conversation: Conversation, *, traced: bool = True) -> Rendering:
-        return Rendering(self._template, conversation, self.template_args, traced=traced)
+    def _renderings(self, conversation: Conversation) -> Iterator[Rendering]:
+        """To be tried in turn, the next one where marks changed what the template wrote."""
+        said = [text for m in conversation.messages if m.role is Role.ASSISTANT for text in (m.content, m.reasoning)]
+        if not self.own_tokens.isdisjoint(token for text in said if text for token in self._controls.spelled_in(text)):
+            rendering = Rendering(self._template, conversation, self.template_args, mark_own=self._mark_own)
+            if rendering.marks is not None:
+                yield rendering
+        yield Rendering(self._template, conversation, self.template_args)
+        yield Rendering(self._template, conversation, self.template_args, traced=False)
 
-    def _encode_rendered(self, text: str, rendering: Rendering) -> EncodedText:
-        return self._controls.encode(text, rendering.marks, rendering.data, self._spelled)
+    def _mark_own(self, text: str) -> str:
+        return self._controls.replaced(text, self.own_tokens, WITH_OWN.mark_own)
 
     def _encode_whole(self, conversation: Conversation, prompt: bool = False) -> tuple[str, Rendering, EncodedText]:
-        rendering = self._rendering(conversation)
-        text = rendering.render(prompt=prompt)
-        if not rendering.verified(text, prompt=prompt):
-            rendering = self._rendering(conversation, traced=False)
+        for rendering in self._renderings(conversation):
             text = rendering.render(prompt=prompt)
-        return text, rendering, self._encode_rendered(text, rendering)
+            if rendering.verified(text, prompt=prompt):
+                return text, rendering, self._controls.encode(text, rendering.marks, rendering.data, self._spelled)
+        raise AssertionError("the plain rendering is always right")
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids

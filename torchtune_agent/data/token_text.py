@@ -6,7 +6,7 @@ tagging works on them, and this module is where they come from.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,7 @@ class Vocabulary:
     def spell(self, tokens: Sequence[int]) -> tuple[bytes, np.ndarray]:
         """The bytes of `tokens` joined, and where each begins (with one more entry: the end)."""
         pieces = list(map(self.text_of, tokens))
-        starts = np.zeros(len(pieces) + 1, np.int64)
-        np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)), out=starts[1:])
+        starts = np.fromiter(accumulate(map(len, pieces), initial=0), np.int64, len(pieces) + 1)
         return b"".join(pieces), starts
 
 
@@ -55,7 +54,18 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 
 
 def _never_empty(text_of: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    return lru_cache(maxsize=None)(lambda token: text_of(token) or _PLACEHOLDER)
+    return _Texts(text_of).__getitem__
+
+
+class _Texts(dict[int, bytes]):
+    """The texts of tokens, read once: looking one up in a dictionary takes half the time of a cached call."""
+
+    def __init__(self, text_of: Callable[[int], bytes]) -> None:
+        self._text_of = text_of
+
+    def __missing__(self, token: int) -> bytes:
+        self[token] = self._text_of(token) or _PLACEHOLDER
+        return self[token]
 
 
 def _byte_level(tokenizer: Any, base: Any) -> _Read:

@@ -118,7 +118,9 @@ _transform: Transform  # of the process that tokenizes
 def _start(transform: Transform) -> None:
     global _transform
     _transform = transform
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the parent answers it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and may itself send this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

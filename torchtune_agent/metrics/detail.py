@@ -20,6 +20,7 @@ from torchtune_agent.metrics.calls import call_table
 from torchtune_agent.metrics.table import COLUMNS, NUM_CLASSES
 
 By = Literal["tool", "source"]
+LEDGER = "sample_losses"  # the folder of logs with a line for every sample, class and step
 _NLL = COLUMNS.index("nll")
 _ROWS_PER_FILE = 1_000_000
 _SCHEMA = pyarrow.schema(
@@ -131,6 +132,16 @@ class Detail:
                 group.add(Group(*of_metrics[number]))
                 for _, call in trained:
                     group.add(Group(0, 0, *astuple(call)[2:]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums that are not taken yet; everything that was added must be fetched and written."""
+        assert not self._waiting and not self._lines
+        return {"groups": [[*key, *astuple(group)] for key, group in self._groups.items()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with these sums too."""
+        for by, name, *sums in state_dict["groups"]:
+            self._groups.setdefault((by, name), Group()).add(Group(*sums))
 
     def take(self) -> Groups:
         """What was fetched, by name; it begins anew from here."""

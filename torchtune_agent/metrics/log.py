@@ -1,26 +1,23 @@
 """Where numbers go: a JSON Lines file that is always written, and the user's metric logger beside it.
 
-Only rank 0 has a RunLog. The user's logger is a guest: when it raises it is reported once and left alone.
+Only rank 0 has a RunLog. Neither a full disk nor the user's logger, which is a guest, can end a run.
 """
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.training.metric_logging import MetricLoggerInterface
 
 from torchtune_agent.config import redacted, resolved
-from torchtune_agent.errors import UserError
 from torchtune_agent.metrics import boards, breakdown
-
-T = TypeVar("T")
+from torchtune_agent.metrics.guest import Guest
+from torchtune_agent.metrics.rows import RowFile, drop_unfinished_line
 
 
 class RunLog:
@@ -45,73 +42,48 @@ class RunLog:
                 if path.exists():
                     path.rename(folder / f"{path.stem}.earlier-{earlier}.jsonl")
         if self.path.exists():
-            _drop_unfinished_line(self.path)
+            drop_unfinished_line(self.path)
         self.config_path = folder / "config.yaml"
-        self._file = self.path.open("a", encoding="utf-8")
         safe = OmegaConf.create(redacted(resolved(cfg)))
         OmegaConf.save(safe, self.config_path)
-        self._logger: MetricLoggerInterface | None = None
+        self._rows = RowFile(self.path)
+        self._guest: Guest | None = None
         if make_logger is not None:
-            self._logger = self._guarded("metric_logger", make_logger)
-            self._tell_board(boards.prepare, cfg.get("metric_names", "flat"))
-            self._call_logger("log_config", safe)
+            self._guest = Guest(make_logger, f"Everything is in {self.path}.")
+            style = cfg.get("metric_names", "flat")
+            self._guest.call("prepare", lambda logger: boards.prepare(logger, style))
+            self._guest.call("log_config", lambda logger: logger.log_config(safe))
 
     def log(
         self, metrics: Mapping[str, float], step: int, histograms: Mapping[str, Sequence[float]] | None = None
     ) -> None:
         """Write a row. `histograms`, counts per bucket of metrics.histogram, are for the logger only."""
-        row = {"step": step, "time": round(time.time(), 3)} | {k: _json_number(v) for k, v in metrics.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._call_logger("log_dict", metrics, step=step)
+        self._rows.write(
+            {"step": step, "time": round(time.time(), 3)} | {k: _json_number(v) for k, v in metrics.items()}
+        )
+        if self._guest is None:
+            return
+        values = dict(metrics)  # the caller's may have changed by the time it is logged
+        self._guest.call("log_dict", lambda logger: logger.log_dict(values, step=step))
         if histograms:
-            self._tell_board(boards.add_histograms, histograms, step)
+            self._guest.call("add_histograms", lambda logger: boards.add_histograms(logger, histograms, step))
 
     def log_table(self, by: str, split: str, rows: Mapping[str, Mapping[str, float]], step: int) -> None:
         """Write numbers per tool or per data source, see metrics.breakdown."""
-        breakdown.write_rows(self.path.parent, by, split, rows, step)
-        self._tell_board(boards.add_table, f"{split}_by_{by}", breakdown.as_lines(by, rows), step)
-
-    def close(self) -> None:
-        self._file.close()
-        self._call_logger("close")
-
-    def _call_logger(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self._logger is not None:
-            name = f"{type(self._logger).__name__}.{method}"
-            self._guarded(name, partial(getattr(self._logger, method), *args, **kwargs))
-
-    def _tell_board(self, tell: Callable[..., None], *args: Any) -> None:
-        if self._logger is not None:
-            self._guarded(f"{type(self._logger).__name__}: {tell.__name__}", partial(tell, self._logger, *args))
-
-    def _guarded(self, name: str, call: Callable[[], T]) -> T | None:
-        """Run a piece of the user's logger. A mistake in its config is the user's to mend; anything else is reported
-        and ends the logger, not the run."""
         try:
-            return call()
-        except UserError:
-            raise
-        except Exception as error:  # whatever a logging service throws must not end a training run
-            print(
-                f"warning: {name} raised {type(error).__name__}: {redacted(str(error))}\n"
-                f"         It gets no more rows in this run; everything is in {self.path}.",
-                file=sys.stderr,
-            )
-            self._logger = None
-            return None
+            breakdown.write_rows(self.path.parent, by, split, rows, step)
+        except OSError as error:
+            print(f"warning: the table by {by} of step {step} is not written: {error}", file=sys.stderr)
+        if self._guest is not None:
+            name, lines = f"{split}_by_{by}", breakdown.as_lines(by, rows)
+            self._guest.call("add_table", lambda logger: boards.add_table(logger, name, lines, step))
 
-
-def _drop_unfinished_line(path: Path) -> None:
-    """A run that was killed may have left half a row, which the next one would spoil."""
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            file.seek(end - 1)
-            if file.read(1) == b"\n":
-                break
-            end -= 1
-        file.truncate(end)
+    def close(self, seconds: float | None = None) -> None:
+        """Finish the file and the logger; `seconds` limits how long is waited for the latter."""
+        self._rows.close()
+        if self._guest is not None:
+            self._guest.call("close", lambda logger: logger.close())
+            self._guest.close(seconds)
 
 
 def _json_number(value: float) -> float | str:

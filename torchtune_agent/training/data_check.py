@@ -19,7 +19,7 @@ from torchtune import utils
 from tqdm import tqdm
 
 from torchtune_agent import __version__
-from torchtune_agent.config import check_keys, instantiate, resolved
+from torchtune_agent.config import check_keys, instantiate, resolved, trust
 from torchtune_agent.data import AgentSFTDataset, DataReport
 from torchtune_agent.data.inspection import (
     CheckedData,
@@ -40,8 +40,10 @@ from torchtune_agent.data.joined import JoinedDataset
 from torchtune_agent.data.token_text import Vocabulary, vocabulary
 from torchtune_agent.distributed import rank_from_environment
 from torchtune_agent.errors import UserError
+from torchtune_agent.redaction import remember
+from torchtune_agent.screen import shown
 from torchtune_agent.training.run import make_output_dir, say_mistake
-from torchtune_agent.training.settings import COMPONENT_KEYS, Settings, checked
+from torchtune_agent.training.settings import COMPONENT_KEYS, OTHER_SECTIONS, Settings, checked
 from torchtune_agent.training.sft import check_not_empty, dataset_sections, has_token_classes, make_dataset, say_report
 
 _NUM_ON_PAGE = 50
@@ -65,12 +67,13 @@ class CheckSettings(BaseModel):
 
     output_dir: Path
     enable_token_classification: bool = True
+    trusted_components: list[str] = []
     check: CheckOptions = CheckOptions()
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "CheckSettings":
         """Any training config is right; keys that none has are refused."""
-        check_keys(cfg, set(Settings.model_fields) | COMPONENT_KEYS | {"check"})
+        check_keys(cfg, set(Settings.model_fields) | COMPONENT_KEYS | OTHER_SECTIONS)
         values = resolved(cfg)
         options = cfg.get("check") or DictConfig({})
         if not isinstance(options, DictConfig):
@@ -87,6 +90,7 @@ def check_data(cfg: DictConfig) -> int:
     """Show what `cfg` would train on. Returns the process's exit code."""
     if rank_from_environment() != 0:
         return 0
+    remember(cfg)
     try:
         _check(cfg)
     except UserError as error:
@@ -98,6 +102,7 @@ def check_data(cfg: DictConfig) -> int:
 def _check(cfg: DictConfig) -> None:
     utils.get_logger("WARNING")
     settings = CheckSettings.from_config(cfg)
+    trust(settings.trusted_components)
     make_output_dir(settings.output_dir)
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     known = vocabulary(tokenizer)
@@ -195,7 +200,7 @@ def _show(data: CheckedData, known: Vocabulary, output_dir: Path, *, colours: bo
     """One part of the output: what is in the data, what is good and bad about it, and tables."""
     print()
     if data.report is not None:
-        say_report(data.key, data.report, output_dir, print)
+        say_report(data.key, data.report, output_dir, lambda line: print(shown(line)))
     else:
         print(f"{data.key:<14}{data.statistics.num_samples:,} samples of a dataset that is not ours")
     for finding in findings(data, known):

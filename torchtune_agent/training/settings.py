@@ -4,16 +4,17 @@ The keys are torchtune's. Components (model, dataset, ...) are named in COMPONEN
 options when they are made.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from omegaconf import DictConfig
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError
 
 from torchtune_agent.config import check_keys, resolved
-from torchtune_agent.errors import UserError
+from torchtune_agent.errors import UserError, did_you_mean
 from torchtune_agent.metrics.table import TOP_K
 
 T = TypeVar("T", bound=BaseModel)
@@ -31,6 +32,7 @@ COMPONENT_KEYS = {
     "profiler",
     "tensor_parallel_plan",
 }
+OTHER_SECTIONS = {"check", "plan"}  # read by agent_data_check and agent_plan: one file serves all
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
 
 
@@ -49,9 +51,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     output_dir: Path
+    model_dir: str | None = None  # read by nobody but `${model_dir}` in other keys
     seed: int | None = None
     shuffle: bool = True
-    resume_from_checkpoint: bool = False
+    # True: there must be a checkpoint; "auto": where there never was one, start anew; a path: that one
+    resume_from_checkpoint: StrictBool | Literal["auto"] | Path = False
+    resume_override: list[str] = []  # keys whose new values a resumed run is to go on with
     # Steps
     epochs: int = 1
     max_steps_per_epoch: int | None = None
@@ -59,6 +64,7 @@ class Settings(BaseModel):
     gradient_accumulation_steps: int = 1
     clip_grad_norm: float | Literal["inf"] | None = None
     optimizer_in_bwd: bool = False
+    max_nonfinite_steps: int = 3
     # Validation: every so many steps, and at each epoch's end
     run_val_every_n_steps: int | None = None
     batch_size_val: int | None = None
@@ -69,6 +75,7 @@ class Settings(BaseModel):
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     custom_sharded_layers: list[str] | None = None
+    process_group_timeout_seconds: int = 600
     tensor_parallel_dim: int = 1
     # Activations
     enable_activation_checkpointing: bool = False
@@ -86,23 +93,32 @@ class Settings(BaseModel):
     log_by: list[Literal["tool", "source"]] = []
     log_by_top_n: int = 20
     log_sample_losses: bool = False
-    # Checkpoints
+    # Checkpoints: at each epoch's end, and every so many steps
+    save_every_n_steps: int | None = None
+    keep_last_n_checkpoints: int = 2
+    keep_best: str | None = None  # a metric of validation; its best checkpoint is saved, and never removed
     enable_async_checkpointing: bool = False
+    # Packages and dotted paths that components may come from, beside torch, torchtune, torchao and torchtune_agent
+    trusted_components: list[str] = []
     cudnn_deterministic_mode: int | str | None = None
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> "Settings":
-        """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused."""
-        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS)
+    def from_config(cls, cfg: DictConfig, *, for_this_machine: bool = True) -> "Settings":
+        """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused.
+
+        A config for another machine may name a device that is not here."""
+        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS | OTHER_SECTIONS)
         values = resolved(cfg)
         for key in ("output_dir", *_REQUIRED_COMPONENTS):
             if values.get(key) is None:
                 raise UserError(
                     f"{key}: not given. Every training config needs it; `tune cat tiny/agent_sft` shows one."
                 )
-        settings = checked(cls, {key: value for key, value in values.items() if key not in COMPONENT_KEYS})
+        elsewhere = COMPONENT_KEYS | OTHER_SECTIONS
+        settings = checked(cls, {key: value for key, value in values.items() if key not in elsewhere})
         settings._check_ranges()
-        settings._check_device()
+        if for_this_machine:
+            settings._check_device()
         settings._check_together(cfg)
         return settings
 
@@ -118,11 +134,15 @@ class Settings(BaseModel):
             "batch_size_val",
             "gradient_accumulation_steps",
             "run_val_every_n_steps",
+            "save_every_n_steps",
+            "keep_last_n_checkpoints",
             "tensor_parallel_dim",
             "log_every_n_steps",
             "log_detailed_metrics_every_n_steps",
             "log_by_top_n",
             "ac_option",
+            "max_nonfinite_steps",
+            "process_group_timeout_seconds",
         )
         for key in at_least_one:
             value = getattr(self, key)
@@ -178,6 +198,18 @@ class Settings(BaseModel):
             raise UserError(
                 "optimizer.fused=True: cannot be used with tensor_parallel_dim above 1. Set optimizer.fused=False."
             )
+        weights = cfg.checkpointer.get("output_dir")
+        if weights is not None and Path(weights).resolve() == (self.output_dir / "checkpoints").resolve():
+            raise UserError(
+                f"checkpointer.output_dir={weights}: that folder is for checkpoints to resume from. Name another one "
+                "for the trained weights, for example ${output_dir}/weights."
+            )
+        if self.keep_best is not None and cfg.get("dataset_val") is None:
+            raise UserError(f"keep_best={self.keep_best}: needs dataset_val, whose metrics it names.")
+        known = set(type(self).model_fields) | COMPONENT_KEYS
+        for key in self.resume_override:
+            if re.split(r"[.\[]", key)[0] not in known:
+                raise UserError(f"resume_override: '{key}' is no config key. {did_you_mean(key, known)}")
         if cfg.get("dataset_val") is None and (self.run_val_every_n_steps or self.batch_size_val):
             raise UserError("dataset_val: not given, but run_val_every_n_steps or batch_size_val is. Name one.")
 

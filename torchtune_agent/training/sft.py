@@ -19,6 +19,7 @@ from torchtune_agent.errors import UserError
 from torchtune_agent.losses import CrossEntropy, Objective
 from torchtune_agent.losses.output import check_output
 from torchtune_agent.training.run import Run
+from torchtune_agent.training.settings import Settings
 
 _SAME_LOSS = (CEWithChunkedOutputLoss, nn.CrossEntropyLoss)
 
@@ -166,16 +167,22 @@ def check_model(run: Run, tokenizer: Any, model: nn.Module) -> None:
 
 
 def sft_objective(run: Run) -> Objective:
-    """The configured loss. torchtune's cross entropies mean the same number, so they get our objective too."""
+    """The configured loss."""
     section = run.cfg.get("loss")
-    options: dict[str, Any] = {"entropy_k": run.settings.entropy_k, "compile": run.settings.compile}
+    if section is not None and section["_component_"].rpartition(".")[2] in {loss.__name__ for loss in _SAME_LOSS}:
+        name = section["_component_"].rpartition(".")[2]
+        run.say(f"loss        {name}: computed by torchtune_agent.losses.CrossEntropy, which measures every class")
+    return cross_entropy(run.cfg, run.settings)
+
+
+def cross_entropy(cfg: DictConfig, settings: Settings) -> Objective:
+    """The configured loss. torchtune's cross entropies mean the same number, so they get our objective too."""
+    section = cfg.get("loss")
+    options: dict[str, Any] = {"entropy_k": settings.entropy_k, "compile": settings.compile}
     if section is None:
         return CrossEntropy(**options)
     made = component(section["_component_"], "loss")
     if made in _SAME_LOSS:
-        run.say(
-            f"loss        {made.__name__}: computed by torchtune_agent.losses.CrossEntropy, which measures every class"
-        )
         return CrossEntropy(**options)
     if made is CrossEntropy:
         return instantiate(section, "loss", **options)

@@ -6,21 +6,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from torchtune_agent.distributed import World
-
-# Dense bf16 operations per second, from the makers' data sheets. The first name that is part of the device's counts.
-_PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "L4": 121e12,
-}
+from torchtune_agent.training.gpus import GPUS
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -28,7 +14,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((gpu.flops for part, gpu in GPUS.items() if part in name), None)
+
+
+def operations(model: TransformerDecoder, length: float) -> float:
+    """Floating-point operations that training takes for each token of sequences of `length` tokens.
+
+    Six for every weight that is multiplied; looking up an embedding is none, but tied ones are multiplied at the
+    output. Then attention: two products of queries, keys and values with the text before, half of the pairs.
+    """
+    untied = model.output is not None and hasattr(model.output, "weight")
+    looked_up = model.tok_embeddings.weight.numel() if untied else 0
+    multiplied = sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    return 6 * multiplied + 12 * len(model.layers) * model.tok_embeddings.embedding_dim * length / 2
 
 
 class Throughput:
@@ -37,13 +35,8 @@ class Throughput:
     def __init__(self, model: TransformerDecoder, world: World, dtype: torch.dtype) -> None:
         self._world = world
         self._peak = peak_flops(world.device, dtype)
-        # Six operations per token for every weight that is multiplied; looking up an embedding is none, but tied ones
-        # are multiplied at the output. Then attention: two products of queries, keys and values with the text before.
-        looked_up = (
-            0 if model.output is None or not hasattr(model.output, "weight") else model.tok_embeddings.weight.numel()
-        )
-        self._per_token = 6 * (sum(parameter.numel() for parameter in model.parameters()) - looked_up)
-        self._per_pair = 12 * len(model.layers) * model.tok_embeddings.embedding_dim / 2  # causal: half of the pairs
+        self._per_token = operations(model, 0)  # linear in the length
+        self._per_pair = operations(model, 1) - self._per_token
         self.restart()
 
     def restart(self) -> None:
@@ -51,7 +44,7 @@ class Throughput:
         self._operations = 0.0
         self._since = time.perf_counter()
 
-    def add(self, num_tokens: int, num_supervised: int, num_samples: int) -> None:
+    def add(self, num_tokens: float, num_supervised: float, num_samples: float) -> None:
         """Count a step's tokens, of all ranks."""
         self._tokens += num_tokens
         self._supervised += num_supervised

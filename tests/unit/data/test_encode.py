@@ -105,12 +105,17 @@ def what_is_encoded(tokenizer, text: str) -> str:
     return text.rstrip(" ")
 
 
-Turn = tuple[int, int, int]  # first token of an assistant's text, the one after its last, its end-of-turn (-1: none)
+Turn = tuple[int, int, int]  # first token of an assistant's text, the one after its last, its end-of-turn
+
+
+def written(tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """Tokens and mask, with the end of every turn: Phi-4's has to be asked for it."""
+    return tokenizer.tokenize_messages(messages, **({"add_eos": True} if isinstance(tokenizer, Phi4Tokenizer) else {}))
 
 
 def turns(tokenizer, messages: list[Message]) -> tuple[list[int], list[Turn]]:
     """All tokens and the assistant's turns, found by counting how many tokens every part takes."""
-    tokens, _ = tokenizer.tokenize_messages(messages)
+    tokens, _ = written(tokenizer, messages)
 
     def count(text: str, **options) -> int:
         return len(tokenizer.encode(text, add_bos=False, add_eos=False, **options))
@@ -120,14 +125,14 @@ def turns(tokenizer, messages: list[Message]) -> tuple[list[int], list[Turn]]:
             following = [Message("user", "x", masked=True)]  # without it the turn would end as a last one does
             through = tokenizer.tokenize_messages([*messages[: number + 1], *following])[0]
             return len(through) - len(tokenizer.tokenize_messages(following)[0])
-        through = tokenizer.tokenize_messages(messages[: number + 1])[0]
+        through = written(tokenizer, messages[: number + 1])[0]
         return len(through) - isinstance(tokenizer, Llama3Tokenizer)  # its end-of-text token
 
     found = []
     for number, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        end = stop = message_ends_at(number)
+        stop = message_ends_at(number)
         options = {}
         if isinstance(tokenizer, Phi3MiniTokenizer) or (
             isinstance(tokenizer, Qwen2Tokenizer) and message != messages[-1]
@@ -137,10 +142,7 @@ def turns(tokenizer, messages: list[Message]) -> tuple[list[int], list[Turn]]:
             isinstance(tokenizer, GemmaTokenizer) and messages[number - 1].role != "assistant"
         ):
             options = {"trim_leading_whitespace": True}
-        if isinstance(tokenizer, Phi4Tokenizer):
-            stop, text_end = -1, end
-        else:
-            stop = text_end = stop - 1
+        stop = text_end = stop - 1
         text = what_is_encoded(tokenizer, message.text_content)
         found.append((text_end - count(text, **options), text_end, stop))
     return tokens, found
@@ -183,8 +185,7 @@ def truth(
             classes[i] = max((int(kind) for kind, _ in own), default=0)
             calls[i] = {number for _, number in own if number >= 0}
             at += len(piece)
-        if stop >= 0:
-            classes[stop] = TokenClass.SPECIAL
+        classes[stop] = TokenClass.SPECIAL
     return list(tokens[:kept]), classes[:kept], calls[:kept]
 
 
@@ -319,7 +320,7 @@ def test_without_token_classification_what_torchtune_trains_is_reasoning(tokeniz
         pytest.skip("a chat template says itself what is trained")
     conversation = CONVERSATIONS["call"]
     sample = sample_of(tokenizer, conversation, enable_token_classification=False)
-    tokens, mask = tokenizer.tokenize_messages(as_messages(conversation, tokenizer))
+    tokens, mask = written(tokenizer, as_messages(conversation, tokenizer))
     assert list(sample["tokens"]) == tokens
     assert list(sample["labels"]) == [IGNORE_INDEX if m else t for t, m in zip(tokens, mask, strict=True)]
 

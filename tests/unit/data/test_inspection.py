@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torchtune.models.phi4._tokenizer import Phi4Tokenizer
 
 from tests import tokenizers
 from torchtune_agent.data import AgentSFTDataset, Collator, TokenClass, chat_template_tokenizer, toolworld_tokenizer
@@ -164,7 +165,7 @@ ENDLESS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content 
 NO_SPECIAL: dict[str, Any] = {"class_weights": {"special": 0.0}}
 
 
-@pytest.mark.parametrize("name", sorted(tokenizers.ALL.keys() - {"phi4"}))
+@pytest.mark.parametrize("name", sorted(tokenizers.ALL))
 def test_every_end_of_turn_is_seen(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizers.ALL[name](tmp_path)
     ends = counted(tokenizer).ends
@@ -249,9 +250,15 @@ def test_bad_news_says_what_to_look_at(tmp_path: Path) -> None:
     assert "no end of turn after" in endless and "does not learn to stop" in endless
 
 
+class EndlessTokenizer(Phi4Tokenizer):
+    """Somebody's own, which ends the assistant's turns for nobody."""
+
+    def tokenize_messages(self, messages: list[Any], **options: bool) -> tuple[list[int], list[bool]]:
+        return super().tokenize_messages(messages)
+
+
 def test_a_tokenizer_that_writes_no_end_of_turn_is_found(tmp_path: Path) -> None:
-    """torchtune's for Phi-4: it ends an assistant's turn only where it is told to, which nothing in torchtune does."""
-    tokenizer = tokenizers.phi4(tmp_path)
+    tokenizer = tokenizers.phi4(tmp_path, EndlessTokenizer)
     assert not counted(tokenizer).ends.trained
     assert "does not learn to stop" in said(tokenizer, "bad")
 

@@ -6,6 +6,7 @@ import pytest
 
 from torchtune_agent.data import Collator, SampleLoader, StepPlan
 from torchtune_agent.data.joined import JoinedDataset
+from torchtune_agent.data.loader import num_steps
 
 NUM = 53
 
@@ -62,7 +63,7 @@ def test_only_the_last_step_is_smaller(size, batch, accumulation):
     whole = size * batch * accumulation
     sizes = [len(step) for step in steps_of_all(size, batch=batch, accumulation=accumulation)]
     assert sizes == [whole] * (NUM // whole) + [NUM % whole] * (NUM % whole > 0)
-    assert len(sizes) == loader(size=size, batch=batch, accumulation=accumulation).steps_per_epoch
+    assert len(sizes) == num_steps(loader(size=size, batch=batch, accumulation=accumulation))
 
 
 @pytest.mark.parametrize("pack_to", [None, 13])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tagged_turns import WRITERS, written_turn
+from torchtune_agent import config
 from torchtune_agent.data.tagging import STYLES, CallMarkers, Tags, tag_turn
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.errors import UserError
@@ -144,6 +145,7 @@ def wrong_style(text: bytes, truncated: bool) -> list[tuple[int, int, TokenClass
 def test_a_style_of_ones_own(monkeypatch):
     own = types.SimpleNamespace(a=own_style, b=wrong_style)
     monkeypatch.setitem(sys.modules, "own_styles", own)
+    monkeypatch.setattr(config, "_trusted_by_user", ["own_styles.a", "own_styles.b"])
     tags, following = tag_turn(b"xyz", style="own_styles.a", first_call=3)
     assert (tags.calls.tolist(), following) == ([3, 4, -1], 5)
     with pytest.raises(UserError, match="own_styles.b"):

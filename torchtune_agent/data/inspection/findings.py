@@ -9,8 +9,9 @@ from torchtune_agent.data.inspection.ends import TurnEnds
 from torchtune_agent.data.inspection.parity import Parity
 from torchtune_agent.data.inspection.statistics import Statistics
 from torchtune_agent.data.inspection.tokens import TaggedTokens
-from torchtune_agent.data.quarantine import DataReport, printable
+from torchtune_agent.data.quarantine import DataReport
 from torchtune_agent.data.token_text import Vocabulary
+from torchtune_agent.screen import printable
 
 Level = Literal["good", "note", "bad"]
 

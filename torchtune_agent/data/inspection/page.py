@@ -17,10 +17,10 @@ from torchtune_agent.data.inspection.findings import CheckedData, Chosen, findin
 from torchtune_agent.data.inspection.looks import LOOKS
 from torchtune_agent.data.inspection.statistics import call_names, length_histogram, tool_summary
 from torchtune_agent.data.inspection.terminal import length_line, token_texts
-from torchtune_agent.data.quarantine import printable
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.data.token_text import Vocabulary
 from torchtune_agent.metrics.colours import css_variables
+from torchtune_agent.screen import printable
 
 # What the page holds at most, so that it stays small and quick whatever the data is.
 _NUM_BYTES = 2_500_000  # of samples

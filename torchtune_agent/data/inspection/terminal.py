@@ -13,9 +13,9 @@ from torchtune_agent.data.inspection.findings import CheckedData, Chosen, Findin
 from torchtune_agent.data.inspection.looks import LOOKS
 from torchtune_agent.data.inspection.statistics import length_histogram, percentiles, tool_summary
 from torchtune_agent.data.inspection.tokens import TaggedTokens
-from torchtune_agent.data.quarantine import printable
 from torchtune_agent.data.token_class import TokenClass
 from torchtune_agent.data.token_text import Vocabulary
+from torchtune_agent.screen import printable
 
 _BAR = 32  # characters
 _NUM_ROWS = 10  # of tables that can be long
@@ -85,7 +85,7 @@ def _bars(rows: Sequence[tuple[str, int]], total: int | None = None) -> list[str
 def _divergence(data: CheckedData) -> list[str]:
     first = data.parity.divergences[0]
     return [
-        f"{first.where}: the first difference is at token {first.position}",
+        f"{printable(first.where)}: the first difference is at token {first.position}",
         f"both   …{printable(first.before)}",
         f"ours    {printable(first.ours)}…",
         f"theirs  {printable(first.theirs)}…",

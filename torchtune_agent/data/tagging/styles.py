@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from importlib import import_module
 from typing import TypeAlias
 
+from torchtune_agent.config import component
 from torchtune_agent.data.tagging.json_calls import tag_arguments, tag_json_calls
 from torchtune_agent.data.tagging.json_scan import Broken, Cut, skip_space
 from torchtune_agent.data.tagging.python_calls import tag_python_call, tag_python_calls
@@ -142,12 +142,8 @@ def call_styles(style: str, markers: CallMarkers | None) -> tuple[CallStyle, ...
         raise UserError(f"style='{style}': markers go with the styles 'xml' and 'custom' only.")
     if style in STYLES:
         return STYLES[style]
-    module_name, _, name = style.rpartition(".")
-    if not module_name:
+    if "." not in style:
         raise UserError(
             f"style='{style}': choose one of {', '.join(STYLES)}, custom, or give the dotted path of a function."
         )
-    try:
-        return getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"style='{style}': there is no such function ({error}).") from error
+    return component(style, "dataset.call_style")

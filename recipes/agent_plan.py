@@ -1,0 +1,22 @@
+"""What a training config will need, before anyone pays for it: memory of each GPU, steps, time, price. Loads no model.
+
+tune run agent_plan --config qwen2_5/7B_agent_sft plan.gpu=H100 plan.num_gpus=8 dataset.data_files=my.jsonl
+tune run agent_plan --config qwen2_5/7B_agent_sft plan.gpu=A10G plan.sequence=4096
+"""
+
+import sys
+
+from omegaconf import DictConfig
+from torchtune import config
+
+from torchtune_agent.planning import plan_run
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> int:
+    """Plan the config given by `--config` and any `key=value` overrides."""
+    return plan_run(cfg)
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

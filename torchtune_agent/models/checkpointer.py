@@ -1,0 +1,158 @@
+"""A checkpointer for Hugging Face folders: reads them lazily, and writes ones that `transformers` and servers load."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torchtune import training
+
+from torchtune_agent.errors import UserError
+from torchtune_agent.models.architecture import Architecture
+from torchtune_agent.models.conversion import Conversion
+from torchtune_agent.models.weights import INDEX, SINGLE, HFWeights
+
+# What a folder needs beside its weights to be loaded, spoken to and shared
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+)
+
+
+class HFCheckpointer:
+    """Starts from the checkpoint in `model_dir` and writes one such folder per epoch.
+
+    Args:
+        model_dir: a folder with `config.json`, safetensors and tokenizer files.
+        output_dir: where `epoch_N` folders go.
+        max_shard_gb: the largest safetensors file to write.
+    """
+
+    def __init__(
+        self, model_dir: str, output_dir: str, should_load_recipe_state: bool = False, max_shard_gb: float = 5.0
+    ) -> None:
+        self._checkpoint_dir = Path(model_dir)
+        self._output_dir = Path(output_dir)
+        self._resume = should_load_recipe_state
+        self._max_shard_bytes = int(max_shard_gb * 1e9)
+        self._conversion = Conversion(Architecture.from_folder(model_dir))
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The base model's weights, or the newest epoch's with the recipe state where a run is resumed."""
+        if not self._resume:
+            return {training.MODEL_KEY: HFWeights(self._checkpoint_dir, self._conversion)}
+        epochs = sorted(
+            (p for p in self._output_dir.glob("epoch_*") if re.fullmatch(r"epoch_\d+", p.name)),
+            key=lambda p: int(p.name.removeprefix("epoch_")),
+        )
+        if not epochs or not self._recipe_state.exists():
+            raise UserError(
+                f"resume_from_checkpoint=True: {self._output_dir} holds no checkpoint of an unfinished run. "
+                "Set resume_from_checkpoint=False to start anew."
+            )
+        return {
+            training.MODEL_KEY: HFWeights(epochs[-1], self._conversion),
+            **torch.load(self._recipe_state, weights_only=True),
+        }
+
+    @property
+    def _recipe_state(self) -> Path:
+        return self._output_dir / "recipe_state" / "recipe_state.pt"
+
+    def save_checkpoint(
+        self, state_dict: dict[str, Any], epoch: int, intermediate_checkpoint: bool = False, adapter_only: bool = False
+    ) -> None:
+        """Write `epoch_N` and, where the run goes on, what it needs to be resumed."""
+        if not adapter_only:
+            save_hf_folder(
+                state_dict[training.MODEL_KEY],
+                self._output_dir / f"epoch_{epoch}",
+                self._checkpoint_dir,
+                max_shard_bytes=self._max_shard_bytes,
+            )
+        if intermediate_checkpoint:
+            rest = {key: value for key, value in state_dict.items() if key != training.MODEL_KEY}
+            self._recipe_state.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(rest, self._recipe_state)
+
+
+def save_hf_folder(
+    weights: Mapping[str, torch.Tensor], folder: Path, model_dir: Path, *, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write `weights` (in our names) as a checkpoint like the one in `model_dir`, in `folder`.
+
+    Tensors are converted and written one file at a time. The folder appears under its name when it is complete.
+    """
+    conversion = Conversion(Architecture.from_folder(model_dir))
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _write_weights(weights, conversion, unfinished, max_shard_bytes)
+    _write_config(weights, unfinished, model_dir)
+    for pattern in _COMPANIONS:
+        for source in model_dir.glob(pattern):
+            if source.is_file():
+                target = unfinished / source.relative_to(model_dir)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def _write_weights(
+    weights: Mapping[str, torch.Tensor], conversion: Conversion, folder: Path, max_shard_bytes: int
+) -> None:
+    places: dict[str, int] = {}
+    total_size = num_parameters = num_files = 0
+    for number, shard in enumerate(_shards(weights, conversion, max_shard_bytes), 1):
+        save_file(shard, folder / f"shard-{number}", metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, number)
+        total_size += sum(tensor.nbytes for tensor in shard.values())
+        num_parameters += sum(tensor.numel() for tensor in shard.values())
+        num_files = number
+    if num_files == 1:
+        os.replace(folder / "shard-1", folder / SINGLE)
+        return
+    names = {n: f"model-{n:05d}-of-{num_files:05d}.safetensors" for n in range(1, num_files + 1)}
+    for number, name in names.items():
+        os.replace(folder / f"shard-{number}", folder / name)
+    index = {
+        "metadata": {"total_parameters": num_parameters, "total_size": total_size},
+        "weight_map": {name: names[number] for name, number in sorted(places.items())},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(
+    weights: Mapping[str, torch.Tensor], conversion: Conversion, max_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name in weights:
+        tensor = conversion.rows_to_hf(name, weights[name].detach().cpu()).contiguous()
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[conversion.to_hf(name)] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_config(weights: Mapping[str, torch.Tensor], folder: Path, model_dir: Path) -> None:
+    """The model's `config.json`, with the type its weights now have."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    dtype = str(weights[next(iter(weights))].dtype).removeprefix("torch.")
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,200 @@
+"""How much memory a training step takes on one GPU, found without weights: the step is run on tensors without content.
+
+Everything that the forward and the backward pass make, the loss head included, is the code that trains, run under
+torch's FakeTensorMode, which knows shapes and lifetimes and computes nothing. Every further layer takes what the layer
+before it took, so two short models tell what a long one needs. What FSDP adds and what optimizers keep is reckoned.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtune.modules import TransformerDecoder
+
+from torchtune_agent.config import instantiate
+from torchtune_agent.data.collate import Batch, Collator
+from torchtune_agent.losses import Objective
+from torchtune_agent.training.parallel import checkpoint_activations
+from torchtune_agent.training.settings import Settings
+
+# What CUDA, its libraries and NCCL take before anything is trained, and what an allocator cannot use of the rest.
+CONTEXT_BYTES = 1.5e9
+FRAGMENTATION = 0.05
+
+# Trained tokens of a sequence whose logits are really gone through; beyond these, every chunk is like the one before.
+_MOST_TRAINED = 2048
+
+Build = Callable[[], TransformerDecoder]  # the model on the meta device, as the recipe builds it
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the fullest moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float  # of other GPUs' shares, while they are used
+    activations: float  # and the loss head, and whatever else lives for a moment
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+    @property
+    def needed(self) -> float:
+        """With what no GPU does without."""
+        return CONTEXT_BYTES + self.total * (1 + FRAGMENTATION)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a whole model's weights, and of the groups FSDP gathers."""
+
+    num_parameters: int
+    num_trained: int
+    weights: int
+    trained: int
+    largest_layer: int
+    outside_layers: int
+    largest_trained_layer: int
+
+    @classmethod
+    def of(cls, model: TransformerDecoder) -> "Sizes":
+        layers = list(model.layers)
+        every, trained = _bytes(model), _bytes(model, only_trained=True)
+        return cls(
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            weights=every,
+            trained=trained,
+            largest_layer=max(map(_bytes, layers)),
+            outside_layers=every - sum(map(_bytes, layers)),
+            largest_trained_layer=max(_bytes(layer, only_trained=True) for layer in layers),
+        )
+
+
+def _bytes(module: nn.Module, *, only_trained: bool = False) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not only_trained)
+
+
+def memory_of(
+    sizes: Sizes,
+    settings: Settings,
+    *,
+    optimizer_ratio: float,
+    num_gpus: int,
+    activations: float,
+) -> Memory:
+    """Of one step; for `optimizer_ratio` and `activations` see the functions of these names."""
+    dp = max(1, num_gpus // settings.tensor_parallel_dim)
+    on_gpu = 0.0 if settings.fsdp_cpu_offload else 1.0
+    in_backward = sizes.largest_trained_layer if settings.optimizer_in_bwd else sizes.trained
+    # A layer is gathered while the one before it is used. Its gradient is whole until every rank has its share, of
+    # which there is a copy in the order that sending takes. What is in no layer stays gathered through the step.
+    gathered = 2 * sizes.largest_layer + sizes.outside_layers + 2 * sizes.largest_trained_layer
+    return Memory(
+        weights=on_gpu * sizes.weights / num_gpus,
+        gradients=on_gpu * in_backward / num_gpus,
+        optimizer=on_gpu * sizes.trained * optimizer_ratio / num_gpus,
+        gathered=gathered / settings.tensor_parallel_dim if dp > 1 or settings.fsdp_cpu_offload else 0.0,
+        activations=activations,
+    )
+
+
+def optimizer_ratio(cfg: DictConfig | Mapping[str, Any], dtype: torch.dtype) -> float:
+    """Bytes an optimizer keeps for each byte of weights: those of a small weight after a step."""
+    weight = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = instantiate(cfg, "optimizer", [weight])
+    with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile their step
+        optimizer.step()
+    kept = [t for t in tree_leaves(dict(optimizer.state[weight])) if isinstance(t, torch.Tensor)]
+    return sum(map(_stored_bytes, kept)) / _stored_bytes(weight)
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantized state is several tensors
+        names, _ = tensor.__tensor_flatten__()  # pyright: ignore
+        return sum(_stored_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def activations(build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float) -> float:
+    """Bytes of everything that lives for a part of a step; what memory_of calls activations."""
+    unit = settings.ac_option or 1 if settings.ac_mode == "selective" else 1
+    num_layers = len(build().layers)
+    if num_layers <= 3 * unit:
+        return _peak(build, objective, settings, sequence, share_trained, num_layers)
+    short, longer = (_peak(build, objective, settings, sequence, share_trained, n * unit) for n in (2, 3))
+    return short + (longer - short) * (num_layers / unit - 2)
+
+
+def _peak(
+    build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float, num_layers: int
+) -> int:
+    """Bytes that live at most during a step of the model cut to some layers, beyond weights and gradients."""
+    model = build()
+    model.layers = nn.ModuleList(list(model.layers)[:num_layers])
+    checkpoint_activations(model, settings)
+    rows = round(sequence * share_trained)
+    some = min(rows, _MOST_TRAINED)
+    batch = _batch(settings.batch_size, sequence, some)
+    with FakeTensorMode() as fake, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what a CPU has no fast way for
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        for module in model.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()  # pyright: ignore
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # gradients are reckoned
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        contents = {k: fake.from_tensor(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+        with _Living([*model.parameters(), *model.buffers()]) as living:
+            objective(model, replace(batch, **contents), with_statistics=True).loss_sum.backward()
+    embedding = model.tok_embeddings.weight
+    later = settings.batch_size * (rows - some) * embedding.shape[1] * embedding.element_size()
+    return living.peak + 2 * later  # what comes in and its gradient
+
+
+def _batch(rows: int, sequence: int, num_trained: int) -> Batch:
+    """Any tokens, the last of which are trained."""
+    num_trained = max(1, min(num_trained, sequence - 1))
+    sample = {"tokens": [0] * sequence, "labels": [-100] * (sequence - num_trained) + [0] * num_trained}
+    return Collator(pad_id=0)([[sample]] * rows)
+
+
+class _Living(TorchDispatchMode):
+    """Adds up the bytes of all tensors that were made since and are not gone, and remembers the most there were."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size

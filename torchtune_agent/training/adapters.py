@@ -1,0 +1,121 @@
+"""Adapters on any decoder, by module names: LoRA, rsLoRA, DoRA, over a base that may be quantized (QLoRA, QDoRA).
+
+torchtune has a second builder per model family for this; here the linears of a finished model are exchanged, on the
+meta device or off it, so a model needs no builder of its own, and torchtune's `lora_*` builders still work.
+"""
+
+import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+from torchtune_agent.config import instantiate
+from torchtune_agent.errors import UserError
+from torchtune_agent.models.adapted import adapted, check_blocks
+from torchtune_agent.models.adapter import ALL_LINEAR, AdapterSettings
+from torchtune_agent.models.conversion import last_name_from_hf
+from torchtune_agent.training.settings import Settings
+
+
+class AdapterParameters:
+    """A recipe's parameters: train adapters, freeze all else.
+
+    A model from one of torchtune's `lora_*` builders keeps the adapters it has.
+    """
+
+    def __init__(self, adapter: AdapterSettings) -> None:
+        self.adapter = adapter
+        self._learning_rate = 0.0
+
+    def build(self, cfg: DictConfig, settings: Settings) -> TransformerDecoder:
+        """The model on the meta device, its adapters on it; only theirs `requires_grad`."""
+        self._check(cfg, settings)
+        with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
+            model = instantiate(cfg.model, "model")
+            if not isinstance(model, TransformerDecoder):
+                raise UserError(f"model: {type(model).__name__} is not a text decoder; adapters need one.")
+            if adapter_parameters(model):
+                set_trainable_params(model, adapter_parameters(model))
+            else:
+                add_adapters(model, self.adapter, num_shards=int(os.environ.get("WORLD_SIZE", 1)))
+        return model
+
+    def _check(self, cfg: DictConfig, settings: Settings) -> None:
+        if settings.tensor_parallel_dim > 1:
+            raise UserError(
+                f"tensor_parallel_dim={settings.tensor_parallel_dim}: adapters are not split by tensor parallelism. "
+                "Set tensor_parallel_dim=1; the frozen base is sharded over all ranks anyway."
+            )
+        if self.adapter.lora_plus_lr_ratio is None:
+            return
+        if settings.optimizer_in_bwd:
+            raise UserError(
+                "optimizer_in_bwd=True: every parameter then has an optimizer with one learning rate, so "
+                "adapter.lora_plus_lr_ratio would be lost. Set one of them only."
+            )
+        if cfg.optimizer.get("lr") is None:
+            raise UserError("optimizer.lr: adapter.lora_plus_lr_ratio multiplies it, so it must be given.")
+        self._learning_rate = float(cfg.optimizer.lr)
+
+    def groups(self, model: TransformerDecoder) -> Iterable[nn.Parameter] | Iterable[dict[str, Any]]:
+        ratio = self.adapter.lora_plus_lr_ratio
+        if ratio is None:
+            return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return lora_plus_groups(model, self._learning_rate, ratio)
+
+
+def add_adapters(model: TransformerDecoder, settings: AdapterSettings, num_shards: int = 1) -> list[str]:
+    """Exchange the targeted linears of `model` for adapted ones and freeze all else; returns the linears' names.
+
+    `num_shards` ranks will share each of them, which a quantized one must be able to bear.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    names = [name for name in linears if any(_matches(name, target) for target in settings.targets)]
+    unmatched = [t for t in settings.targets if not any(_matches(name, t) for name in names)]
+    if unmatched:
+        known = sorted({name.rpartition(".")[2] for name in linears})
+        raise UserError(
+            f"adapter.targets: {', '.join(unmatched)}: the model has no such linear. Its linears are called "
+            f"{', '.join(known)}" + ("." if "output" in linears else " (its output is tied to the embedding).")
+        )
+    if settings.quantize_base:
+        check_blocks({name: linears[name].weight for name in names}, num_shards)
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, adapted(linears[name], settings))
+    set_trainable_params(model, get_adapter_params(model))
+    return names
+
+
+def _matches(name: str, target: str) -> bool:
+    if target == ALL_LINEAR:
+        return name.startswith("layers.")
+    if "." in target:
+        return fnmatchcase(name, target)
+    return fnmatchcase(name.rpartition(".")[2], last_name_from_hf(target))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of all adapters in `model`, by name; of torchtune's own builders, too."""
+    return get_adapter_params(model)
+
+
+def lora_plus_groups(model: nn.Module, learning_rate: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """LoRA+ (https://arxiv.org/abs/2402.12354): B matrices and DoRA's magnitudes learn `ratio` times faster.
+
+    Weight decay is the optimizer's own for both. `initial_lr` is what a schedule multiplies, also in a resumed run.
+    """
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (fast if ".lora_b." in name or parameter.ndim == 1 else slow).append(parameter)
+    rates = (learning_rate, learning_rate * ratio)
+    return [{"params": p, "lr": rate, "initial_lr": rate} for p, rate in zip((slow, fast), rates, strict=True)]
