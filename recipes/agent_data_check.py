@@ -12,12 +12,13 @@ from omegaconf import DictConfig
 from torchtune import config
 
 from torchtune_agent.training.data_check import check_data
+from torchtune_agent.training.run import run_alone
 
 
 @config.parse
 def recipe_main(cfg: DictConfig) -> int:
     """Check the data of the config given by `--config` and any `key=value` overrides."""
-    return check_data(cfg)
+    return run_alone(cfg, check_data)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import sys
 from omegaconf import DictConfig
 from torchtune import config
 
-from torchtune_agent.planning import plan_run
+from torchtune_agent.planning import print_plan
+from torchtune_agent.training.run import run_alone
 
 
 @config.parse
 def recipe_main(cfg: DictConfig) -> int:
     """Plan the config given by `--config` and any `key=value` overrides."""
-    return plan_run(cfg)
+    return run_alone(cfg, print_plan)
 
 
 if __name__ == "__main__":

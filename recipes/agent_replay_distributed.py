@@ -1,45 +1,49 @@
-"""Learns phase after phase without forgetting: replay, elastic weights, and the forgetting matrix at the end.
+"""Learns phase after phase, or records as they arrive, without forgetting: replay, elastic weights, what was forgotten.
 
 tune run --nproc_per_node 2 agent_replay_distributed --config tiny/agent_replay
 tune run --nproc_per_node 2 agent_replay_distributed --config tiny/agent_replay continual.strategy=finetune
+tune run agent_replay_distributed --config tiny/agent_stream arrivals.path=inbox/
 """
 
 import sys
-from functools import partial
+from collections.abc import Collection
 
 from omegaconf import DictConfig
 from torchtune import config
 
 from torchtune_agent.config import instantiate
-from torchtune_agent.continual.run import Phases, Stream, take_stream
-from torchtune_agent.distributed import process_group
-from torchtune_agent.errors import UserError
-from torchtune_agent.training import FullParameters, Parts, Run, check_model, run_recipe, sft_data, sft_objective
-from torchtune_agent.training.run import say_mistake
+from torchtune_agent.continual.config import SECTIONS, take_arrivals, take_stream
+from torchtune_agent.continual.live_run import Live
+from torchtune_agent.continual.run import Phases
+from torchtune_agent.training import Parts, Run, check_model, parameter_setup, run_recipe, sft_data, sft_objective
+from torchtune_agent.training.sft import validation_data
 
 
-def build(run: Run, stream: Stream) -> Parts:
-    """The three seams: phases mixed with replayed samples, a loss that may hold on to weights, all parameters."""
-    parameters = FullParameters()
+def prepare(cfg: DictConfig) -> Collection[str]:
+    """Check what only this recipe reads."""
+    (take_arrivals if "arrivals" in cfg else take_stream)(cfg)
+    return SECTIONS
+
+
+def build(run: Run) -> Parts:
+    """The three seams: samples and replayed ones, a loss that may hold on to weights, all weights or adapters."""
+    parameters = parameter_setup(run.cfg)
     model = parameters.build(run.cfg, run.settings)
     tokenizer = instantiate(run.cfg.tokenizer, "tokenizer")
     check_model(run, tokenizer, model)
+    if "arrivals" in run.cfg:
+        live = Live(run, *take_arrivals(run.cfg), tokenizer, model, sft_objective(run))
+        validation = validation_data(run, tokenizer, model)
+        return Parts(live.source, validation, live.objective, parameters, model)
     data = sft_data(run, tokenizer, model)
-    phases = Phases(run, stream, data, model, sft_objective(run))
+    phases = Phases(run, take_stream(run.cfg), data, model, sft_objective(run))
     return Parts(phases.source, phases.validation, phases.objective, parameters, model, data.has_token_classes)
 
 
 @config.parse
 def recipe_main(cfg: DictConfig) -> int:
     """Train with the config given by `--config` and any `key=value` overrides."""
-    try:
-        stream = take_stream(cfg)
-    except UserError as error:
-        with process_group(str(cfg.get("device", "cuda"))) as (rank, _):
-            if rank == 0:
-                say_mistake(error)
-        return 1
-    return run_recipe("agent_replay_distributed", cfg, partial(build, stream=stream))
+    return run_recipe("agent_replay_distributed", cfg, build, prepare)
 
 
 if __name__ == "__main__":

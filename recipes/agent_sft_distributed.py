@@ -10,12 +10,12 @@ from omegaconf import DictConfig
 from torchtune import config
 
 from torchtune_agent.config import instantiate
-from torchtune_agent.training import FullParameters, Parts, Run, check_model, run_recipe, sft_data, sft_objective
+from torchtune_agent.training import Parts, Run, check_model, parameter_setup, run_recipe, sft_data, sft_objective
 
 
 def build(run: Run) -> Parts:
-    """The three seams: conversations, cross entropy, all parameters."""
-    parameters = FullParameters()
+    """The three seams: conversations, cross entropy, all weights or adapters."""
+    parameters = parameter_setup(run.cfg)
     model = parameters.build(run.cfg, run.settings)
     tokenizer = instantiate(run.cfg.tokenizer, "tokenizer")
     check_model(run, tokenizer, model)

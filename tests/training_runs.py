@@ -6,7 +6,8 @@ everything it has, and kills itself (SIGKILL) where it is told to. Ranks are sta
     torchrun --nproc_per_node 2 tests/training_runs.py --config configs/tiny/agent_sft.yaml output_dir=OUT ...
 
 or by `launch`, in a second instead of ten: a server imports everything once, and ranks are forked from it.
-`RECORDS` in the environment is the folder for what is written down, `KILL` is PHASE:STEP:RANK (see PHASES).
+`RECORDS` in the environment is the folder for what is written down, `KILL` is PHASE:STEP:RANK (see PHASES), `RECIPE`
+the name of a recipe.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,20 @@ from omegaconf import DictConfig
 from pyarrow import parquet
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config
 
 from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.loader import num_steps
 from torchtune_agent.metrics import read_rows
 from torchtune_agent.training import Parts, Run, checkpoints, run_recipe, saving, sharded
+from torchtune_agent.training.state import Stateful
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tiny" / "agent_sft.yaml"
+SMALL_MODEL = ("model.num_layers=1", "model.embed_dim=32", "model.intermediate_dim=64")
 # Two epochs of six steps on two ranks; the last of each is short, in rows and in micro-batches.
 SMALL = (
-    "model.num_layers=1",
-    "model.embed_dim=32",
-    "model.intermediate_dim=64",
     "dataset.num_tasks=45",
     "dataset.num_tools=40",
     "dataset_val.num_tasks=6",
@@ -130,6 +131,19 @@ class Recorded:
             row += self.rows_per_step
 
 
+class RecordedStateful(Recorded):
+    """One of a source that changes as the run goes on, and has numbers to log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._source.load_state_dict(state)
+
+    def facts(self) -> dict[str, float]:
+        return self._source.facts()
+
+
 def digest(values: Any) -> str:
     """SHA-256 over tensors (a rank's part of them) and plain values, in the order they stand."""
     hashed = hashlib.sha256()
@@ -145,6 +159,8 @@ def digest(values: Any) -> str:
         elif isinstance(value, torch.Tensor):
             local = value.detach()
             local = local.to_local() if isinstance(local, DTensor) else local
+            if isinstance(local, NF4Tensor):
+                local = local.get_original_weight()
             hashed.update(str((local.dtype, tuple(local.shape))).encode() + local.cpu().contiguous().numpy().tobytes())
         else:
             hashed.update(repr(value).encode())
@@ -160,23 +176,25 @@ def run_rank(cfg: DictConfig) -> int:
     killer = Killer(os.environ.get("KILL"), rank)
     optimizers: dict[int, Optimizer] = {}
     register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.setdefault(id(optimizer), optimizer) and None)
-    models = []
-    spec = importlib.util.spec_from_file_location("recipe", ROOT / "recipes" / "agent_sft_distributed.py")
+    built: list[Parts] = []
+    name = os.environ.get("RECIPE", "agent_sft_distributed")
+    spec = importlib.util.spec_from_file_location("recipe", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
 
     def build(run: Run) -> Parts:
         parts = recipe.build(run)
-        parts.train = Recorded(parts.train, records / f"samples_{rank}.jsonl", killer)
-        models.append(parts.model)
+        recorded = RecordedStateful if isinstance(parts.train, Stateful) else Recorded
+        parts.train = recorded(parts.train, records / f"samples_{rank}.jsonl", killer)
+        built.append(parts)
         return parts
 
-    code = run_recipe("agent_sft_distributed", cfg, build)
+    code = run_recipe(name, cfg, build, getattr(recipe, "prepare", None))
     if code == 0:
         state: Any = np.random.get_state(legacy=True)
         found = {
-            "parameters": digest(models[0].state_dict()),
+            "parameters": digest(built[0].model.state_dict()),
             "optimizer": digest([list(o.state.values()) for o in optimizers.values()]),
             "groups": digest(
                 [{k: v for k, v in g.items() if k != "params"} for o in optimizers.values() for g in o.param_groups]
@@ -240,15 +258,28 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def launch(folder: Path, *overrides: str, size: int = 2, kill: str | None = None, limit: float = 120) -> Left:
-    """Run `size` ranks that write to `folder`; once one has failed the others are killed, as torchrun would."""
+def launch(
+    folder: Path,
+    *overrides: str,
+    size: int = 2,
+    kill: str | None = None,
+    limit: float = 120,
+    config: Path | None = None,
+    recipe: str = "agent_sft_distributed",
+    small: Sequence[str] = SMALL,
+) -> Left:
+    """Run `size` ranks that write to `folder`; once one has failed the others are killed, as torchrun would.
+
+    `config` has a model of its own; without it the model is a very small one. `small` makes the rest small.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    env |= {"RECORDS": str(folder / "records"), **({"KILL": kill} if kill else {})}
-    arguments = ["--config", str(CONFIG), f"output_dir={folder / 'out'}", *SMALL, *overrides]
+    env |= {"RECORDS": str(folder / "records"), "RECIPE": recipe, **({"KILL": kill} if kill else {})}
+    arguments = ["--config", str(config or CONFIG), f"output_dir={folder / 'out'}", *small]
+    arguments += [*(() if config else SMALL_MODEL), *overrides]
     log = folder / f"log_{len(list(folder.glob('log_*')))}.txt"
     ranks = [
         _CONTEXT.Process(

@@ -33,7 +33,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "qwen2_5/0.5B_agent_sft",
         "qwen2_5/7B_agent_sft",
     ),
-    "agent_replay_distributed": ("tiny/agent_replay",),
+    "agent_replay_distributed": ("tiny/agent_replay", "tiny/agent_stream"),
     "agent_data_check": (),
     "agent_plan": (),
 }

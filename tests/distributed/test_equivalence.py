@@ -123,7 +123,7 @@ def write_config(folder: Path) -> None:
         "tokenizer": {"_component_": tokenizer, "path": str(folder / "tokenizer"), "max_seq_len": PACK_TO},
         "checkpointer": {
             "_component_": "torchtune_agent.training.ScratchCheckpointer",
-            "output_dir": "${output_dir}/weights",
+            "output_dir": "${output_dir}/model",
         },
         "dataset": {"_component_": dataset, "data_files": str(folder / "train.jsonl")},
         "dataset_val": {"_component_": dataset, "data_files": str(folder / "val.jsonl")},
@@ -142,7 +142,7 @@ def launch(folder: Path, name: str) -> Result:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_rows(output / "logs" / "metrics.jsonl")
-    weights = load_file(output / "weights" / "epoch_0" / "model.safetensors")
+    weights = load_file(output / "model" / "epoch_0" / "model.safetensors")
     return Result([row["loss"] for row in rows if "loss" in row], rows, weights)
 
 

@@ -158,7 +158,7 @@ def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
 
 
 def test_weights_for_users_are_not_among_the_checkpoints(whole: Left) -> None:
-    assert {path.name for path in whole.out.iterdir()} >= {"weights", "checkpoints", "logs", "README.txt"}
-    assert len(load_file(whole.out / "weights" / "epoch_1" / "model.safetensors")) > 5
+    assert {path.name for path in whole.out.iterdir()} >= {"model", "checkpoints", "logs", "README.txt"}
+    assert len(load_file(whole.out / "model" / "epoch_1" / "model.safetensors")) > 5
     assert not list((whole.out / "checkpoints").rglob("*.safetensors"))
     assert (whole.out / "checkpoints" / "latest").read_text() == "step_12\n"

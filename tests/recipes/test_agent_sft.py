@@ -124,7 +124,7 @@ def test_the_screen_ends_with_a_table_of_classes_and_where_things_are(two_ranks:
         "logs/config.yaml",
         "logs/report.html",
         "logs/metrics.png",
-        "weights",
+        "model",
         "checkpoints",
     ):
         assert str(output / path) in stdout
@@ -149,7 +149,7 @@ def test_call_syntax_becomes_certain_before_argument_values_do(tmp_path: Path) -
 
 @pytest.mark.distributed
 def test_a_checkpoint_is_written(two_ranks: tuple[Path, str, str]) -> None:
-    weights = load_file(two_ranks[0] / "weights" / "epoch_0" / "model.safetensors")
+    weights = load_file(two_ranks[0] / "model" / "epoch_0" / "model.safetensors")
     assert weights["tok_embeddings.weight"].shape == (2048, 32)
     assert weights["layers.0.attn.q_proj.weight"].abs().sum() > 0
 
@@ -225,7 +225,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path) -> No
     whole = tune.train(*common, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "out"
-    weights = out / "weights" / "epoch_1" / "model.safetensors"
+    weights = out / "model" / "epoch_1" / "model.safetensors"
     expected, losses = load_file(weights), rows_by_name(read_rows(out / "logs" / "metrics.jsonl"))["loss"]
     weights.unlink()
     shutil.rmtree(out / "checkpoints" / "step_12")  # as if it had been killed before

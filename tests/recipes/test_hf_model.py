@@ -48,7 +48,7 @@ def test_a_folder_is_trained_resumed_and_loaded_by_transformers(tmp_path: Path) 
 
     done = train(*given, cwd=tmp_path, config=str(CONFIG))
     assert done.returncode == 0, done.stderr[-3000:]
-    weights = tmp_path / "out" / "weights"
+    weights = tmp_path / "out" / "model"
     expected = load_file(weights / "epoch_1" / "model.safetensors")
     first = load_file(weights / "epoch_0" / "model.safetensors")
     assert any(not torch.equal(expected[name], first[name]) for name in expected)

@@ -39,7 +39,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def weights(out: Path, epoch: int) -> dict[str, torch.Tensor]:
-    (path,) = (out / "checkpoints").glob(f"*epoch_{epoch}/model.safetensors")
+    (path,) = (out / "model").glob(f"epoch_{epoch}/model.safetensors")
     return load_file(path)
 
 

@@ -72,7 +72,7 @@ def test_the_documented_command_trains_and_logs_every_documented_metric(folder: 
     logged = set().union(*read_rows(out / "logs" / "metrics.jsonl"))
     assert [name for name in SPEC_METRICS if name not in logged] == []
     assert "Step 1 | " in result.stdout  # torchtune's StdoutLogger
-    (saved,) = (out / "weights" / "epoch_0").glob("*.safetensors")
+    (saved,) = (out / "model" / "epoch_0").glob("*.safetensors")
     before = load_file(folder / "path" / "to" / "model" / "model-00001-of-00001.safetensors")
     after = load_file(saved)
     assert after.keys() == before.keys()  # still in Hugging Face's format

@@ -13,12 +13,12 @@ from torchtune.modules import TransformerDecoder
 
 from torchtune_agent._tune import RECIPES, config_path
 from torchtune_agent.config import instantiate
-from torchtune_agent.continual.run import take_stream
-from torchtune_agent.data import AgentSFTDataset
+from torchtune_agent.continual.config import SECTIONS, take_arrivals, take_stream
+from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform
 from torchtune_agent.toolworld import TOKENIZER_DIR
 from torchtune_agent.training import FullParameters, Settings
-from torchtune_agent.training.sft import dataset_sections
 from torchtune_agent.training.data_check import CheckSettings
+from torchtune_agent.training.sft import dataset_sections
 
 NAMES = sorted({name for names in RECIPES.values() for name in names})
 SHARDS = 32
@@ -52,6 +52,8 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, checkpoint_dir: Path)
     cfg.output_dir = str(tmp_path / "out")
     if "stream" in cfg:
         take_stream(cfg)
+    if "arrivals" in cfg:
+        take_arrivals(cfg)
     if "checkpoint_dir" in cfg.checkpointer:
         cfg.checkpointer.checkpoint_dir = str(checkpoint_dir)
     if "model_dir" in cfg.model:
@@ -79,7 +81,10 @@ def test_every_component_can_be_made(config: DictConfig, monkeypatch: pytest.Mon
             made.add(key)
             for section in dataset_sections(config, key).values():
                 dataset = instantiate(section, key, tokenizer)
-                assert isinstance(dataset, AgentSFTDataset) and len(dataset) > 0
+                if key == "dataset" and "arrivals" in config:
+                    assert isinstance(dataset, AgentSFTTransform)
+                else:
+                    assert isinstance(dataset, AgentSFTDataset) and len(dataset) > 0
     optimizer = make("optimizer", [torch.nn.Parameter(torch.zeros(2))])
     make("lr_scheduler", optimizer, num_training_steps=10)
     make("checkpointer")
@@ -94,7 +99,7 @@ def test_every_component_can_be_made(config: DictConfig, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("config", NAMES, indirect=True)
 def test_settings_and_model_fit_together(config: DictConfig) -> None:
     config.device = "cpu"  # CI has no GPU
-    settings = Settings.from_config(config)
+    settings = Settings.from_config(config, sections=SECTIONS)
     model = FullParameters().build(config, settings)
     assert isinstance(model, TransformerDecoder)
     assert all(parameter.is_meta and parameter.dtype == settings.torch_dtype for parameter in model.parameters())

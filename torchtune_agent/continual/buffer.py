@@ -192,12 +192,27 @@ class ReplayBuffer:
         samples = [decode(self._records.get(slot)) for slot in slots.tolist()]
         return Replayed(samples, slots, weights, self.num_offered - self._held.numbers[slots])
 
-    def set_importance(self, slots: np.ndarray, importance: Sequence[float] | np.ndarray) -> None:
-        """Give samples that were drawn the importance they have now."""
-        for slot, value in zip(slots.tolist(), importance, strict=True):
+    def set_importance(
+        self, slots: np.ndarray, importance: Sequence[float] | np.ndarray, numbers: np.ndarray | None = None
+    ) -> None:
+        """Give samples that were drawn the importance they have now.
+
+        `numbers` [n], where samples came in between: of the samples that were drawn; those that are gone are left out.
+        """
+        importance = np.asarray(importance, float)
+        if numbers is not None:
+            still = self._held.numbers[slots] == numbers
+            slots, importance = slots[still], importance[still]
+        for slot, value in zip(slots.tolist(), importance.tolist(), strict=True):
             self._held.importance[slot] = self._importance(float(value))
             self._keeping.changed(slot)
         self._drawing.added(np.unique(slots))
+
+    @property
+    def class_losses(self) -> np.ndarray:
+        """Those that `class_loss` draws by [token classes]."""
+        assert isinstance(self._drawing, ByClassLoss)
+        return self._drawing.losses
 
     def set_class_losses(self, losses: np.ndarray) -> None:
         """The live loss of every token class [token classes], for `class_loss`."""
@@ -214,11 +229,12 @@ class ReplayBuffer:
         return [decode(self._records.get(s)) for s in slots[np.argsort(self._held.numbers[slots])].tolist()]
 
     def replace_samples(self, make: Callable[[Any], Any]) -> None:
-        """Put `make(sample)` in the place of every sample, whatever room it takes."""
+        """Put `make(sample)` in the place of every sample. Where all take more than `max_bytes`, some go."""
         for slot in self._held.slots.tolist():
             record = encode(make(decode(self._records.get(slot))))
             self._records.remove(slot)
             self._records.put(slot, record)
+        self._shrink()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the buffer is, as one JSON text and tensors: `load_state_dict` goes on to the last bit."""
@@ -266,6 +282,9 @@ class ReplayBuffer:
         self._records.load(arrays["records"])
         self._seen = Counter(facts["seen"])
         self._largest_importance = float(facts["largest_importance"])
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self._is_too_full():
             gone = self._keeping.evict()
             self._drawing.removed(np.array([gone]))

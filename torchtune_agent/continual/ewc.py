@@ -135,7 +135,7 @@ class ElasticWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Taken up when the model is seen next, split as it is then."""
         self._fisher, self._anchor = {}, {}
-        self._loaded = {"fisher": dict(state["fisher"]), "anchor": dict(state["anchor"])}
+        self._loaded = {part: dict(state.get(part, {})) for part in ("fisher", "anchor")}
 
 
 class _Pull(torch.autograd.Function):

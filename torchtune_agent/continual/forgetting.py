@@ -98,6 +98,15 @@ def table(matrix: ForgettingMatrix) -> str:
     return "\n".join([*lines, "", *signed])
 
 
+def as_table(matrix: ForgettingMatrix) -> list[list[str]]:
+    """Head and rows as texts, and what is read off them."""
+    rows = [["(nothing)", *_shown(matrix.before)]] if matrix.before else []
+    rows += [[name, *_shown(row)] for name, row in zip(matrix.phases, matrix.scores, strict=False)]
+    blank = [""] * (len(matrix.phases) - 1)
+    facts = [[name.replace("_", " "), f"{x:.3f}", *blank] for name, x in summary(matrix).items() if x is not None]
+    return [["trained up to", *matrix.phases], *rows, *facts]
+
+
 def _shown(row: Sequence[float]) -> list[str]:
     return [f"{value:.3f}" for value in row]
 

@@ -5,17 +5,14 @@ and j, and what is replayed there from the seed, j and the new rows before it. E
 reads only the samples of its own rows, so all of them keep the same buffer without communication.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from torchtune_agent.continual.buffer import ReplayBuffer
 from torchtune_agent.continual.learner import class_shares
+from torchtune_agent.continual.mixing import INFO, Mixer, Pick, info_of, kept_info
 from torchtune_agent.continual.quota import as_share
 from torchtune_agent.data.collate import Batch, Collator
 from torchtune_agent.data.joined import JoinedDataset, SampleInfo
@@ -24,23 +21,6 @@ from torchtune_agent.data.packing import pack
 from torchtune_agent.errors import UserError
 
 _KEPT = ("tokens", "labels", "token_class", "call_index", "weights")
-_INFO = "info"
-
-
-@dataclass
-class MixedBatch(Batch):
-    """A Batch that knows which of its samples are replayed."""
-
-    replayed: torch.Tensor | None = None  # bool [num_samples]
-
-
-@dataclass(frozen=True)
-class _Pick:
-    """A sample of a row."""
-
-    sample: int | Mapping[str, Any]  # a number in the data set, or one that an earlier run left in the buffer
-    weight: float = 1.0
-    age: int | None = None  # None: it is new
 
 
 class ReplaySource:
@@ -60,7 +40,7 @@ class ReplaySource:
     def __init__(
         self,
         dataset: JoinedDataset,
-        samples: range,
+        samples: Sequence[int],
         collator: Collator,
         plan: StepPlan,
         buffer: ReplayBuffer,
@@ -72,6 +52,7 @@ class ReplaySource:
         importance: Callable[[Sequence[int]], Sequence[float]] | None = None,
     ) -> None:
         self._dataset, self._samples, self._collator, self._plan = dataset, samples, collator, plan
+        self._mixer = Mixer(collator, plan, self._resolved, self._info)
         self.buffer = buffer
         self._share = as_share(replay_ratio)
         self._shuffle, self._seed, self._epochs, self._importance = shuffle, seed, epochs, importance
@@ -88,8 +69,8 @@ class ReplaySource:
         if collator.pack_to is not None:
             lengths = np.array([self._length(i) for i in samples])
             self._rows = [[samples[i] for i in row] for row in pack(lengths, collator.pack_to)]
-        self._done = (0, 0)  # the epoch, and how many of its rows were walked
-        self._last: list[_Pick] = []
+        self.walked = (0, 0)  # the epoch, and how many of its rows
+        self.picks: list[Pick] = []  # of the step that was yielded last, over all ranks
 
     # What the Trainer asks for. Nothing else in this module knows how it does.
 
@@ -110,7 +91,7 @@ class ReplaySource:
         """This rank's micro-batches from `first_row` on. When a step is yielded, the buffer has seen its rows."""
         if self._share and len(self.buffer) == 0:
             raise UserError(f"replay_ratio={float(self._share)}: the buffer is empty. Set 0 for the first phase.")
-        epoch, walked = self._done
+        epoch, walked = self.walked
         start = walked if epoch == number else 0
         if start > first_row or epoch > number:
             raise UserError(
@@ -122,8 +103,8 @@ class ReplaySource:
         for begin in range(first_row, self.num_rows, self.rows_per_step):
             end = min(begin + self.rows_per_step, self.num_rows)
             rows = list(self._walk(number, begin, end))
-            self._last = [pick for row in rows for pick in row]
-            yield [self._collate([rows[i] for i in share]) for share in self._plan.step(range(len(rows)))]
+            self.picks = [pick for row in rows for pick in row]
+            yield self._mixer.step(rows)
 
     def order(self, epoch: int) -> np.ndarray:
         """Of the new rows."""
@@ -135,7 +116,7 @@ class ReplaySource:
         """Replayed rows among the first `num_rows`."""
         return num_rows * self._share.numerator // self._share.denominator
 
-    def _walk(self, epoch: int, begin: int, end: int) -> Iterator[list[_Pick]]:
+    def _walk(self, epoch: int, begin: int, end: int) -> Iterator[list[Pick]]:
         """The rows from `begin` to `end`; new ones are offered to the buffer as they pass."""
         order = self.order(epoch)
         for row in range(begin, end):
@@ -146,18 +127,20 @@ class ReplaySource:
                 samples = self._rows[order[row - before]]
                 if epoch == 0:
                     self._offer(samples)
-                yield [_Pick(i) for i in samples]
-            self._done = (epoch, row + 1)
+                yield [Pick(i) for i in samples]
+            self.walked = (epoch, row + 1)
 
-    def _replayed(self, epoch: int, row: int) -> list[_Pick]:
+    def _replayed(self, epoch: int, row: int) -> list[Pick]:
         """One sample, or as many as fit into a packed sequence."""
         progress = (epoch + row / self.num_rows) / self._epochs
-        picks: list[_Pick] = []
+        picks: list[Pick] = []
         room = self._collator.pack_to
         while True:
-            key = [self._seed, self._samples.start, epoch, row, len(picks)]
+            key = [self._seed, self._samples[0], epoch, row, len(picks)]
             drawn = self.buffer.draw(1, key=key, progress=progress)
-            pick = _Pick(drawn.samples[0], float(drawn.weights[0]), int(drawn.ages[0]))
+            age = int(drawn.ages[0])
+            number = self.buffer.num_offered - age
+            pick = Pick(drawn.samples[0], float(drawn.weights[0]), age, int(drawn.slots[0]), number)
             if room is None:
                 return [pick]
             length = self._length(pick.sample)
@@ -193,32 +176,7 @@ class ReplaySource:
     def _info(self, sample: int | Mapping[str, Any]) -> SampleInfo:
         if isinstance(sample, int):
             return self._dataset.info(sample)
-        where, source, tools = sample[_INFO]
-        return SampleInfo(where, source, tuple(tools))
-
-    def _collate(self, rows: Sequence[Sequence[_Pick]]) -> MixedBatch:
-        batch = self._collator([[self._weighted(pick) for pick in row] for row in rows])
-        picks = [pick for row in rows for pick in row]
-        info = partial(_map, self._info, [pick.sample for pick in picks])
-        replayed = torch.tensor([pick.age is not None for pick in picks], dtype=torch.bool)
-        return MixedBatch(**vars(replace(batch, info=info)), replayed=replayed)
-
-    def _weighted(self, pick: _Pick) -> Mapping[str, Any]:
-        sample = self._resolved(pick.sample)
-        if pick.weight == 1.0:
-            return sample
-        weights = np.asarray(sample.get("weights", np.ones(len(sample["tokens"]), np.float32)))
-        return {**sample, "weights": weights * np.float32(pick.weight)}
-
-    def facts(self) -> dict[str, float]:
-        """Of the step that was yielded last, over all ranks: numbers to log."""
-        ages = [pick.age for pick in self._last if pick.age is not None]
-        return {
-            "replay_num_samples": float(len(ages)),
-            "replay_fraction": len(ages) / max(1, len(self._last)),
-            "replay_age": sum(ages) / max(1, len(ages)),
-            "replay_buffer_samples": float(len(self.buffer)),
-        }
+        return info_of(sample)
 
     def make_portable(self) -> None:
         """Put the samples themselves into the buffer, in the place of their numbers in this run's data, so that a run
@@ -229,19 +187,6 @@ class ReplaySource:
                 return sample
             found, info = self._dataset[sample], self._dataset.info(sample)
             kept = {key: np.asarray(found[key]) for key in _KEPT if key in found}
-            return kept | {_INFO: [info.where, info.source, list(info.tools)]}
+            return kept | {INFO: kept_info(info)}
 
         self.buffer.replace_samples(resolve)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Equal on every rank; plain values and tensors."""
-        return {"done": json.dumps(self._done), "buffer": self.buffer.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        epoch, walked = json.loads(state["done"])
-        self._done = (epoch, walked)
-        self.buffer.load_state_dict(state["buffer"])
-
-
-def _map(function: Callable[[Any], SampleInfo], items: Sequence[Any]) -> list[SampleInfo]:
-    return [function(item) for item in items]

@@ -1,203 +1,167 @@
 """The parts of a run over a stream of phases: what a recipe plugs into the Trainer."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import DictConfig, ListConfig
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from torchtune_agent.continual.buffer import ReplayBuffer
+from torchtune_agent.continual.carried import FOLDER, make_buffer, write_buffer
+from torchtune_agent.continual.config import Stream
 from torchtune_agent.continual.ewc import ElasticWeights
-from torchtune_agent.continual.fisher import DiagonalFisher, sample_gradients
-from torchtune_agent.continual.forgetting import ForgettingMatrix, table, write
+from torchtune_agent.continual.feedback import Feedback, chooses_by_loss
+from torchtune_agent.continual.forgetting import ForgettingMatrix, as_table, table, write
+from torchtune_agent.continual.mixing import Pick
 from torchtune_agent.continual.replay_source import ReplaySource
-from torchtune_agent.continual.ssis import ImportanceScorer, measure
+from torchtune_agent.continual.sample_losses import SampleLosses
+from torchtune_agent.continual.scored import Scored
 from torchtune_agent.continual.stream import FinalValidation, StreamSource, exact_calls
 from torchtune_agent.data import SampleLoader
 from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.joined import JoinedDataset
-from torchtune_agent.errors import UserError, did_you_mean
+from torchtune_agent.errors import UserError
 from torchtune_agent.losses import Objective
+from torchtune_agent.metrics.breakdown import write_table
+from torchtune_agent.metrics.names import flat_name
 from torchtune_agent.training import Run
-from torchtune_agent.training.settings import checked
 from torchtune_agent.training.sft import SFTData
 
-BUFFER_FILE = "replay_buffer.pt"
-_RECENT = 0.99  # of the Fisher information of the stream, what is left after another sample
 
-
-class ContinualSettings(BaseModel):
-    """The plain keys of the config's section `continual`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    strategy: Literal["finetune", "replay", "ewc", "replay+ewc", "ssis"] = "replay"
-    epochs_per_phase: int = 1
-    buffer_size: int = 2048
-    replay_ratio: float = 0.25
-    selection_strategy: str = "reservoir"  # of `replay`; `ssis` has its own
-    threshold_ratio: float = 1.0
-    replay_from: Path | None = None  # a file `replay_buffer.pt` of an earlier run
-    ewc_strength: float = 100.0
-    ewc_decay: float = 1.0
-    ewc_samples: int = 200
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What the config says of phases."""
-
-    names: list[str]
-    settings: ContinualSettings
-
-
-def take_stream(cfg: DictConfig) -> Stream:
-    """Take the stream out of the config, and put the phases' data where every recipe has its data."""
-    settings = checked(ContinualSettings, dict(cfg.pop("continual", {})), "continual.")
-    names, phases = cfg.pop("stream", None), cfg.pop("phases", {})
-    if not isinstance(names, ListConfig) or len(names) < 2:
-        raise UserError(f"stream={names}: must be a list of two names or more of what is under 'phases'.")
-    names = [str(name) for name in names]
-    if len(set(names)) != len(names):
-        raise UserError(f"stream={names}: names a phase twice. Every phase is trained once, in its turn.")
-    for name in names:
-        if name not in phases:
-            raise UserError(f"stream={names}: there is no '{name}' under 'phases'. {did_you_mean(name, phases)}")
-        if set(phases[name]) != {"dataset", "dataset_val"}:
-            raise UserError(f"phases.{name}: must have dataset and dataset_val; it has {', '.join(phases[name])}.")
-    if cfg.get("epochs", 1) != 1 or cfg.get("max_steps_per_epoch") is not None:
-        raise UserError(
-            "epochs, max_steps_per_epoch: a stream is trained once. Set continual.epochs_per_phase instead."
-        )
-    if cfg.get("optimizer_in_bwd", False) and "ewc" in settings.strategy:
-        raise UserError("optimizer_in_bwd=True: does not go with elastic weights. Set it to False.")
-    cfg.dataset = [phases[name].dataset for name in names]
-    cfg.dataset_val = [phases[name].dataset_val for name in names]
-    return Stream(names, settings)
-
-
-@dataclass
 class Phases:
     """The source, validation and objective of a stream, and its forgetting as far as it is known."""
 
-    run: Run
-    stream: Stream
-    data: SFTData
-    model: nn.Module
-    inner: Objective
-
-    def __post_init__(self) -> None:
-        settings, world, seed = self.stream.settings, self.run.world, self.run.settings.seed
-        assert seed is not None and self.data.validation is not None
-        elastic = ElasticWeights(self.inner, world, strength=settings.ewc_strength, decay=settings.ewc_decay)
-        self.elastic = elastic if "ewc" in settings.strategy else None
-        self.objective: Objective = self.elastic or self.inner
-        self._fisher, self._scorer = DiagonalFisher(_RECENT), ImportanceScorer()
+    def __init__(self, run: Run, stream: Stream, data: SFTData, model: nn.Module, inner: Objective) -> None:
+        assert data.validation is not None and run.settings.seed is not None
+        self._run, self._stream, self._model = run, stream, model
+        self._train, seed, settings = data.train, run.settings.seed, stream.settings
+        self._buffer = make_buffer(settings, seed, run.world.rank)
+        self._losses = SampleLosses(inner, run.world, always=settings.replays and chooses_by_loss(self._buffer))
+        self._feedback = Feedback(self._buffer, self._losses, replays=settings.replays, origin=self._origin)
+        elastic = ElasticWeights(self._losses, run.world, strength=settings.ewc_strength, decay=settings.ewc_decay)
+        self._elastic = elastic if settings.holds_weights else None
+        self.objective: Objective = self._elastic or self._losses
+        self._scored = Scored(model, inner, run.world) if settings.strategy == "ssis" else None
         self._before: list[float] | None = None
         self._scores: list[list[float]] = []
-        self._buffer = self._make_buffer(seed)
-        self._dataset, self._parts = _parts(self.data.train)
-        self._held_out = [_loader_of(self.data.validation, part) for part in _parts(self.data.validation)[1]]
+        self._dataset, held_out = data.train.dataset, data.validation.dataset
+        if stream.cut is None:
+            self._parts, tests = [list(part) for part in self._dataset.parts], held_out.parts
+        else:
+            self._parts, tests = stream.cut.parts(self._dataset, held_out, run.say)
+        check_disjoint(self._dataset, dict(zip(stream.names, self._parts, strict=True)))
+        self._phase_of = {sample: number for number, part in enumerate(self._parts) for sample in part}
+        self._held_out = [_loader_of(data.validation, part) for part in tests]
         self._phases = [self._phase(i, seed) for i in range(len(self._parts))]
         self.source = StreamSource(
-            self._phases,
-            epochs_per_phase=settings.epochs_per_phase,
-            on_start=self._start,
-            on_phase_end=self._end,
+            self._phases, epochs_per_phase=settings.epochs_per_phase, work=self, content=data.train.fingerprint()
         )
-        self.validation = FinalValidation(self.data.validation, self.source)
-
-    def _make_buffer(self, seed: int) -> ReplayBuffer:
-        settings = self.stream.settings
-        strategy = "ssis" if settings.strategy == "ssis" else settings.selection_strategy
-        buffer = ReplayBuffer(
-            settings.buffer_size, strategy=strategy, seed=seed, threshold_ratio=settings.threshold_ratio
-        )
-        if settings.replay_from is not None:
-            if not settings.replay_from.is_file():
-                raise UserError(f"continual.replay_from={settings.replay_from}: no such file. Name a {BUFFER_FILE}.")
-            buffer.load_state_dict(torch.load(settings.replay_from, weights_only=True))
-        return buffer
+        self.validation = FinalValidation(data.validation, self.source)
 
     def _phase(self, number: int, seed: int) -> ReplaySource:
-        settings = self.stream.settings
-        loader, samples = self.data.train, self._parts[number]
-        replays = settings.strategy in ("replay", "replay+ewc", "ssis")
+        settings, scored = self._stream.settings, self._scored
+        has_replay = settings.replays and (number > 0 or len(self._buffer) > 0)
         return ReplaySource(
             self._dataset,
-            samples,
-            loader._collator,
-            loader._plan,
+            self._parts[number],
+            self._train.collator,
+            self._train.plan,
             self._buffer,
-            replay_ratio=settings.replay_ratio if replays and (number or len(self._buffer)) else 0.0,
-            shuffle=self.run.settings.shuffle,
+            replay_ratio=settings.replay_ratio if has_replay else 0.0,
+            shuffle=self._run.settings.shuffle,
             seed=seed,
             epochs=settings.epochs_per_phase,
-            importance=self._importance if settings.strategy == "ssis" else None,
+            importance=None if scored is None else lambda samples: scored.importance(self._alone(samples)),
         )
 
     def _alone(self, samples: Sequence[int]) -> list[Batch]:
         """Samples by number as batches of one."""
-        collator = self.data.train._collator
-        return [collator([[self._dataset[i]]]) for i in samples]
+        return [self._train.collator([[self._dataset[i]]]) for i in samples]
 
-    def _importance(self, samples: Sequence[int]) -> list[float]:
-        """Of samples that arrive; every rank measures all of them."""
-        batches = self._alone(samples)
-        signals = measure(self.model, self.inner, batches, self._fisher, self.run.world)
-        scores = self._scorer.score(signals)
-        self._scorer.update(signals)
-        for gradients in sample_gradients(self.model, self.inner, batches):
-            self._fisher.add(gradients)
-        return scores.importance.tolist()
+    # What the stream has done between steps
 
-    def _start(self) -> None:
+    def begin(self) -> None:
         self._before = self._test()
 
     def _test(self) -> list[float]:
-        return [exact_calls(self.model, self.inner, source, self.run.world) for source in self._held_out]
+        inner = self._losses
+        return [exact_calls(self._model, inner, source, self._run.world) for source in self._held_out]
 
-    def _end(self, number: int) -> None:
+    def step_begins(self, picks: Sequence[Pick]) -> None:
+        self._feedback.step_begins(picks)
+
+    def step_ended(self) -> None:
+        self._feedback.step_ended()
+
+    def end_phase(self, number: int) -> None:
         """A phase is trained: test all, hold on to what it needs, and say what is known of forgetting."""
         self._scores.append(self._test())
-        if self.elastic is not None and number + 1 < len(self._phases):
-            samples, wanted = self._parts[number], self.stream.settings.ewc_samples
-            rng = np.random.default_rng([self.run.settings.seed or 0, number])
+        is_last = number + 1 == len(self._phases)
+        if self._elastic is not None and not is_last:
+            samples, wanted = self._parts[number], self._stream.settings.ewc_samples
+            rng = np.random.default_rng([self._run.settings.seed or 0, number])
             chosen = rng.choice(samples, min(wanted, len(samples)), replace=False).tolist()
-            self.elastic.consolidate(self.model, self._alone(chosen))
-        if number + 1 == len(self._phases):
+            self._elastic.consolidate(self._model, self._alone(chosen))
+        if is_last:
             self._phases[number].make_portable()
-        if self.run.world.is_main:
-            matrix = ForgettingMatrix(self.stream.names, self._scores, self._before)
-            folder = self.run.settings.output_dir / "continual"
-            write(matrix, folder)
-            if number + 1 == len(self._phases):
-                torch.save(self._buffer.state_dict(), folder / BUFFER_FILE)
-            text = table(matrix).replace("\n", "\n              ")
-            self.run.say(f"calls exact   {text}")
+        if self._run.world.is_main:
+            self._tell(is_last)
+
+    def _tell(self, is_last: bool) -> None:
+        matrix = ForgettingMatrix(self._stream.names, self._scores, self._before)
+        folder = self._run.settings.output_dir
+        write(matrix, folder / FOLDER)
+        write_table(folder / "logs", "forgetting", "Calls written exactly, phase by phase", as_table(matrix))
+        if is_last:
+            write_buffer(self._buffer, folder)
+        text = table(matrix).replace("\n", "\n              ")
+        self._run.say(f"calls exact   {text}")
+
+    def facts(self) -> dict[str, float]:
+        return self._feedback.facts()
+
+    def _origin(self, pick: Pick) -> str:
+        """What the loss of a replayed sample is logged as."""
+        if not isinstance(pick.sample, int):
+            return "replay_loss_earlier_runs"
+        return f"replay_loss_{flat_name(self._stream.names[self._phase_of[pick.sample]])}"
+
+    def state_dict(self) -> dict[str, Any]:
+        scored = {} if self._scored is None else self._scored.state_dict()
+        return {"before": self._before, "scores": self._scores, "scored": scored}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._before, self._scores = state["before"], [list(row) for row in state["scores"]]
+        if self._scored is not None:
+            self._scored.load_state_dict(state["scored"])
 
 
-def _parts(loader: SampleLoader) -> tuple[JoinedDataset, list[range]]:
-    """A loader's data, and which samples each of its data sets has."""
-    starts = loader._dataset._starts
-    return loader._dataset, [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+def check_disjoint(dataset: JoinedDataset, phases: Mapping[str, Sequence[int]]) -> None:
+    """Refuse phases that share samples: what one forgets of another could not be told."""
+    owners: dict[bytes, tuple[str, int]] = {}
+    for name, samples in phases.items():
+        for i in samples:
+            tokens = np.asarray(dataset[i]["tokens"], np.int32)
+            key = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+            owner, first = owners.setdefault(key, (name, i))
+            if owner != name:
+                raise UserError(
+                    f"stream: phases '{owner}' and '{name}' share samples: {dataset.info(first).where} and "
+                    f"{dataset.info(i).where} are the same. Take them out of one of the two."
+                )
 
 
-def _loader_of(loader: SampleLoader, part: range) -> SampleLoader:
+def _loader_of(loader: SampleLoader, part: Sequence[int]) -> SampleLoader:
     """The same loader over some of its samples."""
-    dataset = JoinedDataset({"held out": _Part(loader._dataset, part)})
-    return SampleLoader(dataset, loader._collator, loader._plan, shuffle=False, seed=0)
+    dataset = JoinedDataset({"held out": _Part(loader.dataset, part)})
+    return SampleLoader(dataset, loader.collator, loader.plan, shuffle=False, seed=0)
 
 
 @dataclass(frozen=True)
 class _Part:
     whole: JoinedDataset
-    samples: range
+    samples: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -123,9 +123,16 @@ def losses_and_embeddings(model: nn.Module, batch: Batch) -> tuple[torch.Tensor,
 
 
 def measure(
-    model: nn.Module, objective: Objective, samples: Iterable[Batch], fisher: DiagonalFisher, world: World
+    model: nn.Module,
+    objective: Objective,
+    samples: Iterable[Batch],
+    fisher: DiagonalFisher,
+    world: World,
+    *,
+    learn: bool = False,
 ) -> Signals:
-    """The signals of samples, given as batches of one, the same on every rank. Changes neither model nor `fisher`.
+    """The signals of samples, given as batches of one, the same on every rank. Does not change the model, nor `fisher`
+    unless that is to `learn` of every sample once its risk is measured.
 
     Each costs a forward pass, and a forward and a backward one for its gradient.
     """
@@ -134,7 +141,11 @@ def measure(
     model.eval()
     pairs = [losses_and_embeddings(model, sample.to(world.device)) for sample in samples]
     model.train(was_training)
-    risks = [world.sum(fisher.risk(g).to(world.device)) for g in sample_gradients(model, objective, samples)]
+    risks: list[torch.Tensor] = []
+    for gradients in sample_gradients(model, objective, samples):
+        risks.append(world.sum(fisher.risk(gradients).to(world.device)))
+        if learn:
+            fisher.add(gradients)
     return Signals(
         torch.cat([losses for losses, _ in pairs]),
         torch.cat([embeddings for _, embeddings in pairs]),

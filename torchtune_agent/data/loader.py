@@ -7,7 +7,7 @@ Nothing is dropped and nothing repeated; the last step of an epoch is simply sma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,6 +37,15 @@ class BatchSource(Protocol):
     def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches from `first_row` of the epoch on, one list per optimizer step; every rank's lists
         have equal lengths."""
+        ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A source that has numbers to log with every step."""
+
+    def facts(self) -> dict[str, float]:
+        """Of the step that was trained last; every rank calls it."""
         ...
 
 
@@ -77,9 +86,9 @@ class SampleLoader:
         shuffle: bool,
         seed: int,
     ) -> None:
-        self._dataset = dataset
-        self._collator = collator
-        self._plan = plan
+        self.dataset = dataset
+        self.collator = collator
+        self.plan = plan
         self._shuffle = shuffle
         self._seed = seed
         self._packs: list[list[int]] | None = None
@@ -91,7 +100,7 @@ class SampleLoader:
 
     @property
     def num_rows(self) -> int:
-        return len(self._dataset if self._packs is None else self._packs)
+        return len(self.dataset if self._packs is None else self._packs)
 
     def row(self, number: int) -> list[int]:
         """The samples of a row."""
@@ -99,7 +108,7 @@ class SampleLoader:
 
     @property
     def rows_per_step(self) -> int:
-        return self._plan.rows_per_step
+        return self.plan.rows_per_step
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers in the order the epoch trains them, the same on every rank."""
@@ -109,20 +118,20 @@ class SampleLoader:
 
     def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
         order = self.order(number)[first_row:]
-        for start in range(0, len(order), self._plan.rows_per_step):
-            step = order[start : start + self._plan.rows_per_step].tolist()
-            yield [self._collate(rows) for rows in self._plan.step(step)]
+        for start in range(0, len(order), self.plan.rows_per_step):
+            step = order[start : start + self.plan.rows_per_step].tolist()
+            yield [self._collate(rows) for rows in self.plan.step(step)]
 
     def fingerprint(self) -> str:
         """Of what an epoch is made of: every sample, and which share a row."""
         rows = [] if self._packs is None else ["packed", self._packs]
-        return f"{len(self._dataset):,} samples, {combine([self._dataset.fingerprint(), rows])}"
+        return f"{len(self.dataset):,} samples, {combine([self.dataset.fingerprint(), rows])}"
 
     def _collate(self, rows: Sequence[int]) -> Batch:
         samples = [self.row(row) for row in rows]
-        batch = self._collator([[self._dataset[i] for i in row] for row in samples])
+        batch = self.collator([[self.dataset[i] for i in row] for row in samples])
         batch.info = partial(self._info, [i for row in samples for i in row])
         return batch
 
     def _info(self, samples: list[int]) -> list[SampleInfo]:
-        return [self._dataset.info(i) for i in samples]
+        return [self.dataset.info(i) for i in samples]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torchtune import training
 
-from torchtune_agent.errors import UserError
 from torchtune_agent.models.architecture import Architecture
 from torchtune_agent.models.conversion import Conversion
 from torchtune_agent.models.weights import INDEX, SINGLE, HFWeights
@@ -40,52 +38,22 @@ class HFCheckpointer:
         max_shard_gb: the largest safetensors file to write.
     """
 
-    def __init__(
-        self, model_dir: str, output_dir: str, should_load_recipe_state: bool = False, max_shard_gb: float = 5.0
-    ) -> None:
-        self._checkpoint_dir = Path(model_dir)
+    def __init__(self, model_dir: str, output_dir: str, max_shard_gb: float = 5.0) -> None:
+        self.model_dir = Path(model_dir)
+        self.architecture = Architecture.from_folder(model_dir)
         self._output_dir = Path(output_dir)
-        self._resume = should_load_recipe_state
         self._max_shard_bytes = int(max_shard_gb * 1e9)
-        self._conversion = Conversion(Architecture.from_folder(model_dir))
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """The base model's weights, or the newest epoch's with the recipe state where a run is resumed."""
-        if not self._resume:
-            return {training.MODEL_KEY: HFWeights(self._checkpoint_dir, self._conversion)}
-        epochs = sorted(
-            (p for p in self._output_dir.glob("epoch_*") if re.fullmatch(r"epoch_\d+", p.name)),
-            key=lambda p: int(p.name.removeprefix("epoch_")),
-        )
-        if not epochs or not self._recipe_state.exists():
-            raise UserError(
-                f"resume_from_checkpoint=True: {self._output_dir} holds no checkpoint of an unfinished run. "
-                "Set resume_from_checkpoint=False to start anew."
-            )
-        return {
-            training.MODEL_KEY: HFWeights(epochs[-1], self._conversion),
-            **torch.load(self._recipe_state, weights_only=True),
-        }
-
-    @property
-    def _recipe_state(self) -> Path:
-        return self._output_dir / "recipe_state" / "recipe_state.pt"
+        """The base model's weights, read when they are asked for."""
+        return {training.MODEL_KEY: HFWeights(self.model_dir, Conversion(self.architecture))}
 
     def save_checkpoint(
         self, state_dict: dict[str, Any], epoch: int, intermediate_checkpoint: bool = False, adapter_only: bool = False
     ) -> None:
-        """Write `epoch_N` and, where the run goes on, what it needs to be resumed."""
-        if not adapter_only:
-            save_hf_folder(
-                state_dict[training.MODEL_KEY],
-                self._output_dir / f"epoch_{epoch}",
-                self._checkpoint_dir,
-                max_shard_bytes=self._max_shard_bytes,
-            )
-        if intermediate_checkpoint:
-            rest = {key: value for key, value in state_dict.items() if key != training.MODEL_KEY}
-            self._recipe_state.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(rest, self._recipe_state)
+        """Write `epoch_N`. The other arguments are those of torchtune's checkpointers, and ask for nothing here."""
+        folder = self._output_dir / f"epoch_{epoch}"
+        save_hf_folder(state_dict[training.MODEL_KEY], folder, self.model_dir, max_shard_bytes=self._max_shard_bytes)
 
 
 def save_hf_folder(

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field
-from torchtune import utils
 
 from torchtune_agent import __version__
 from torchtune_agent.config import check_keys, instantiate, resolved
 from torchtune_agent.data.packing import pack
-from torchtune_agent.distributed import rank_from_environment
 from torchtune_agent.errors import UserError, did_you_mean
 from torchtune_agent.planning.memory import (
     CONTEXT_BYTES,
@@ -28,9 +26,8 @@ from torchtune_agent.planning.memory import (
     memory_of,
     optimizer_ratio,
 )
+from torchtune_agent.training.adapters import parameter_setup
 from torchtune_agent.training.gpus import GPUS, Gpu
-from torchtune_agent.training.parameters import FullParameters
-from torchtune_agent.training.run import say_mistake
 from torchtune_agent.training.settings import Settings, checked
 from torchtune_agent.training.sft import cross_entropy, dataset_sections, make_dataset
 from torchtune_agent.training.throughput import operations
@@ -84,7 +81,7 @@ class Case:
         alike = (settings.batch_size, settings.enable_activation_checkpointing)
         if alike not in self._activations:
             self._activations[alike] = activations(
-                lambda: FullParameters().build(self.cfg, settings),
+                lambda: parameter_setup(self.cfg).build(self.cfg, settings),
                 cross_entropy(self.cfg, settings),
                 settings,
                 self.sequence,
@@ -95,18 +92,10 @@ class Case:
         )
 
 
-def plan_run(cfg: DictConfig) -> int:
-    """Print the plan of `cfg`. Returns the process's exit code."""
-    if rank_from_environment() != 0:
-        return 0
-    try:
-        utils.get_logger("WARNING")
-        for line in _plan(cfg):
-            print(line, flush=True)
-    except UserError as error:
-        say_mistake(error)
-        return 1
-    return 0
+def print_plan(cfg: DictConfig) -> None:
+    """Print the plan of `cfg`."""
+    for line in _plan(cfg):
+        print(line, flush=True)
 
 
 def _plan(cfg: DictConfig) -> Iterator[str]:
@@ -115,7 +104,7 @@ def _plan(cfg: DictConfig) -> Iterator[str]:
     cfg.pop("plan", None)
     settings = Settings.from_config(cfg, for_this_machine=False)
     settings.check_world_size(options.num_gpus)
-    sizes = Sizes.of(FullParameters().build(cfg, settings))
+    sizes = Sizes.of(parameter_setup(cfg).build(cfg, settings))
     yield f"torchtune_agent {__version__}: agent_plan, {options.num_gpus} x {options.gpu}, {settings.dtype}"
     share = sizes.num_trained / sizes.num_parameters
     yield f"model         {sizes.num_parameters:,} parameters, {sizes.num_trained:,} trained ({share:.1%})"
@@ -254,7 +243,7 @@ def _remedy(text: str, memory: Memory, gpu: Gpu) -> str:
 def _time_lines(case: Case, data: DataFacts) -> Iterator[str]:
     options = case.options
     with torch.device("meta"):
-        model = FullParameters().build(case.cfg, case.settings)
+        model = parameter_setup(case.cfg).build(case.cfg, case.settings)
     steps = _steps(data, case.settings, options) * case.settings.epochs
     length = data.num_tokens / data.num_samples
     num_tokens = data.num_tokens * steps / (_steps(data, case.settings, options) or 1)

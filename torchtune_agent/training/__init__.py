@@ -1,5 +1,6 @@
 """One training loop for every recipe, and the three seams a recipe plugs into."""
 
+from torchtune_agent.training.adapters import parameter_setup
 from torchtune_agent.training.parameters import FullParameters, ParameterSetup
 from torchtune_agent.training.run import Run, run_recipe
 from torchtune_agent.training.scratch import ScratchCheckpointer
@@ -16,6 +17,7 @@ __all__ = [
     "Settings",
     "Trainer",
     "check_model",
+    "parameter_setup",
     "run_recipe",
     "sft_data",
     "sft_objective",

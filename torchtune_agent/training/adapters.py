@@ -5,8 +5,9 @@ meta device or off it, so a model needs no builder of its own, and torchtune's `
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,17 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import training
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
 
 from torchtune_agent.config import instantiate
 from torchtune_agent.errors import UserError
 from torchtune_agent.models.adapted import adapted, check_blocks
 from torchtune_agent.models.adapter import ALL_LINEAR, AdapterSettings
+from torchtune_agent.models.adapter_weights import AdaptedWeights, merge_adapters
+from torchtune_agent.models.checkpointer import HFCheckpointer
 from torchtune_agent.models.conversion import last_name_from_hf
+from torchtune_agent.models.peft_format import save_peft
+from torchtune_agent.training.parameters import FullParameters, ParameterSetup
 from torchtune_agent.training.settings import Settings
 
 
@@ -42,16 +47,23 @@ class AdapterParameters:
             if not isinstance(model, TransformerDecoder):
                 raise UserError(f"model: {type(model).__name__} is not a text decoder; adapters need one.")
             if adapter_parameters(model):
+                self._check_builder(model)
                 set_trainable_params(model, adapter_parameters(model))
             else:
                 add_adapters(model, self.adapter, num_shards=int(os.environ.get("WORLD_SIZE", 1)))
         return model
 
     def _check(self, cfg: DictConfig, settings: Settings) -> None:
+        if settings.freeze:
+            raise UserError("freeze: with adapters all other weights are frozen anyway. Take one of the two out.")
         if settings.tensor_parallel_dim > 1:
             raise UserError(
                 f"tensor_parallel_dim={settings.tensor_parallel_dim}: adapters are not split by tensor parallelism. "
                 "Set tensor_parallel_dim=1; the frozen base is sharded over all ranks anyway."
+            )
+        if self.adapter.quantize_base and settings.fsdp_cpu_offload:
+            raise UserError(
+                "fsdp_cpu_offload=True: an NF4 base is not offloaded. Set one of it and adapter.quantize_base only."
             )
         if self.adapter.lora_plus_lr_ratio is None:
             return
@@ -64,11 +76,45 @@ class AdapterParameters:
             raise UserError("optimizer.lr: adapter.lora_plus_lr_ratio multiplies it, so it must be given.")
         self._learning_rate = float(cfg.optimizer.lr)
 
+    def _check_builder(self, model: nn.Module) -> None:
+        """What is merged and exported by the config's numbers must have been made with them."""
+        for name, module in model.named_modules():
+            if isinstance(module, LoRALinear | DoRALinear):
+                made, given = (module.rank, module.alpha), (self.adapter.rank, self.adapter.alpha)
+                if made != given:
+                    raise UserError(
+                        f"adapter: rank and alpha are {given[0]} and {given[1]:g}, but the model's builder made {name} "
+                        f"with {made[0]} and {made[1]:g}. Set adapter.rank={made[0]} adapter.alpha={made[1]:g}."
+                    )
+
     def groups(self, model: TransformerDecoder) -> Iterable[nn.Parameter] | Iterable[dict[str, Any]]:
         ratio = self.adapter.lora_plus_lr_ratio
         if ratio is None:
             return [parameter for parameter in model.parameters() if parameter.requires_grad]
         return lora_plus_groups(model, self._learning_rate, ratio)
+
+    def starting(self, base: Mapping[str, torch.Tensor], model: TransformerDecoder) -> Mapping[str, torch.Tensor]:
+        return AdaptedWeights(base, model, self.adapter.seed)
+
+    def finished(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return merge_adapters(weights, self.adapter)
+
+    def write_own(self, weights: Mapping[str, torch.Tensor], folder: Path, checkpointer: Any) -> bool:
+        """In peft's format, which knows the names of Hugging Face folders only."""
+        if not isinstance(checkpointer, HFCheckpointer):
+            return False
+        save_peft(weights, folder, self.adapter, checkpointer.architecture, str(checkpointer.model_dir))
+        return True
+
+
+def parameter_setup(cfg: DictConfig) -> ParameterSetup:
+    """What the config trains: the section `adapter`'s adapters, or without one every weight."""
+    section = cfg.get("adapter")
+    if section is None:
+        return FullParameters()
+    if not isinstance(section, DictConfig):
+        raise UserError(f"adapter={section}: must be a section, for example adapter.kind=lora adapter.rank=16.")
+    return AdapterParameters(AdapterSettings.from_config(section))
 
 
 def add_adapters(model: TransformerDecoder, settings: AdapterSettings, num_shards: int = 1) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 from pydantic import BaseModel, ConfigDict, Field
-from torchtune import utils
 from tqdm import tqdm
 
 from torchtune_agent import __version__
@@ -38,11 +37,9 @@ from torchtune_agent.data.inspection import (
 )
 from torchtune_agent.data.joined import JoinedDataset
 from torchtune_agent.data.token_text import Vocabulary, vocabulary
-from torchtune_agent.distributed import rank_from_environment
 from torchtune_agent.errors import UserError
-from torchtune_agent.redaction import remember
 from torchtune_agent.screen import shown
-from torchtune_agent.training.run import make_output_dir, say_mistake
+from torchtune_agent.training.run import make_output_dir
 from torchtune_agent.training.settings import COMPONENT_KEYS, OTHER_SECTIONS, Settings, checked
 from torchtune_agent.training.sft import check_not_empty, dataset_sections, has_token_classes, make_dataset, say_report
 
@@ -86,21 +83,8 @@ class CheckSettings(BaseModel):
         return checked(cls, {key: values[key] for key in cls.model_fields if key in values})
 
 
-def check_data(cfg: DictConfig) -> int:
-    """Show what `cfg` would train on. Returns the process's exit code."""
-    if rank_from_environment() != 0:
-        return 0
-    remember(cfg)
-    try:
-        _check(cfg)
-    except UserError as error:
-        say_mistake(error)
-        return 1
-    return 0
-
-
-def _check(cfg: DictConfig) -> None:
-    utils.get_logger("WARNING")
+def check_data(cfg: DictConfig) -> None:
+    """Show what `cfg` would train on."""
     settings = CheckSettings.from_config(cfg)
     trust(settings.trusted_components)
     make_output_dir(settings.output_dir)

@@ -33,13 +33,14 @@ def prepare(
             training.prepare_mha_for_tp(model, world.mesh["tp"]), world.mesh["tp"], parallelize_plan=plan
         )
     checkpoint_activations(model, settings)
-    training.shard_model(
-        model,  # pyright: ignore
-        [partial(training.get_shard_conditions, names_to_match=settings.custom_sharded_layers)],
-        cpu_offload=settings.fsdp_cpu_offload,
-        reshard_after_forward=settings.fsdp_reshard_after_forward,
-        dp_mesh=world.mesh["dp"],
-    )
+    if world.size > 1 or settings.fsdp_cpu_offload:  # alone there is nothing to share, and FSDP would keep copies
+        training.shard_model(
+            model,  # pyright: ignore
+            [partial(training.get_shard_conditions, names_to_match=settings.custom_sharded_layers)],
+            cpu_offload=settings.fsdp_cpu_offload,
+            reshard_after_forward=settings.fsdp_reshard_after_forward,
+            dp_mesh=world.mesh["dp"],
+        )
     with training.set_default_dtype(settings.torch_dtype), world.device:
         for module in model.modules():
             if hasattr(module, "rope_init"):  # position tables are not part of a checkpoint

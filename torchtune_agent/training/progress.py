@@ -159,7 +159,7 @@ class Progress:
             f"Config      {self._log.config_path}\n"
             f"Report      {report}\n"
             f"Plot        {picture}\n"
-            f"Weights     {weights}\n"
+            f"Model       {weights}\n"
             f"Checkpoints {checkpoints}  (training waited {stalled:.1f} s for them)\n"
             f"Next        tensorboard --logdir {self._log.path.parent}  # where that is the metric_logger\n"
             "            tune cp qwen2_5/0.5B_agent_sft my.yaml  # a config to start from with your own data",

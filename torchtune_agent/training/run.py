@@ -6,22 +6,24 @@ rank that knows.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchtune import training, utils
 from tqdm import tqdm
 
 from torchtune_agent import __version__, redaction
 from torchtune_agent.config import check_components, trust
-from torchtune_agent.distributed import World, make_mesh, on_main, process_group, together
+from torchtune_agent.distributed import World, make_mesh, on_main, process_group, rank_from_environment, together
 from torchtune_agent.errors import UserError
 from torchtune_agent.screen import shown
+from torchtune_agent.training.notes import Note
 from torchtune_agent.training.progress import Progress
 from torchtune_agent.training.resume import find, manifest_of_run, prepare_folders
 from torchtune_agent.training.settings import Settings
@@ -40,9 +42,16 @@ class Run:
     say: Callable[[str], None]  # prints a line, on rank 0 only
 
 
-def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int:
+def run_recipe(
+    name: str,
+    cfg: DictConfig,
+    build: Callable[[Run], Parts],
+    prepare: Callable[[DictConfig], Collection[str]] | None = None,
+) -> int:
     """Check the config, build the parts on every rank, train. Returns the process's exit code: 0, EXIT_STOPPED where
-    the run was asked to stop, 1 where it failed."""
+    the run was asked to stop, 1 where it failed.
+
+    `prepare` checks the sections of the config that only this recipe has, completes the others, and names them."""
     redaction.remember(cfg)
     sys.argv[1:] = redaction.redacted_arguments(sys.argv[1:])  # services that watch a run keep its command line
     timeout = cfg.get("process_group_timeout_seconds") or 600
@@ -50,7 +59,7 @@ def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts]) -> int
         with Watch(rank, size, request, float(timeout)) as watch:
             ended: BaseException | None = None
             try:
-                _run(name, cfg, build, size, request, watch)
+                _run(name, cfg, build, prepare, size, request, watch)
             except BaseException as error:  # torchtune raises such, too
                 ended = error
             if isinstance(ended, Stopped) and ended.together or ended is None:
@@ -90,6 +99,22 @@ def _say_why(error: BaseException, request: StopRequest, watch: Watch) -> int:
     return 1
 
 
+def run_alone(cfg: DictConfig, work: Callable[[DictConfig], None]) -> int:
+    """A recipe that does its `work` in one process, however many were started. Returns the process's exit code."""
+    if rank_from_environment() != 0:
+        return 0
+    redaction.remember(cfg)
+    utils.get_logger("WARNING")
+    note = Note(0)
+    try:
+        work(cfg)
+    except UserError as error:
+        note.write(said=True, state="failed")
+        say_mistake(error)
+        return 1
+    return 0
+
+
 def say_mistake(error: UserError) -> None:
     """Say what the user can mend, before the process ends."""
     _print(f"\nerror: {error}")
@@ -106,10 +131,16 @@ def _tell_launcher(text: str) -> None:
 
 
 def _run(
-    name: str, cfg: DictConfig, build: Callable[[Run], Parts], size: int, request: StopRequest, watch: Watch
+    name: str,
+    cfg: DictConfig,
+    build: Callable[[Run], Parts],
+    prepare: Callable[[DictConfig], Collection[str]] | None,
+    size: int,
+    request: StopRequest,
+    watch: Watch,
 ) -> None:
     utils.get_logger("WARNING")  # torchtune's loggers share one level; what they say at INFO, Progress says
-    settings = together(lambda: _check(cfg, size))
+    settings = together(lambda: _check(cfg, size, prepare))
     device = utils.get_device(settings.device)
     tp = settings.tensor_parallel_dim
     world = World(torch.distributed.get_rank(), size, device, make_mesh(device.type, size // tp, tp))
@@ -122,7 +153,7 @@ def _run(
     cfg.seed = seed
     say(f"torchtune_agent {__version__}: {name} on {size} x {device.type}, {settings.dtype}, seed {seed}")
     parts = together(lambda: build(Run(cfg, settings, world, say)))
-    say(f"model         {sum(parameter.numel() for parameter in parts.model.parameters()):,} parameters")
+    say(f"model         {_size_of(parts.model)}")
     manifest = on_main(lambda: manifest_of_run(cfg, settings, parts, size))
     on_main(lambda: prepare_folders(checkpoint, cfg, settings, manifest, say))
     progress = together(lambda: Progress(cfg, settings, world, say, continues=checkpoint is not None))
@@ -133,13 +164,22 @@ def _run(
         raise
 
 
+def _size_of(model: nn.Module) -> str:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    return f"{total:,} parameters" + (
+        f", {trained:,} of them trained ({trained / total:.1%})" if trained < total else ""
+    )
+
+
 def _say(is_main: bool, text: str) -> None:
     if is_main:
         tqdm.write(shown(text), file=sys.stderr)
 
 
-def _check(cfg: DictConfig, size: int) -> Settings:
-    settings = Settings.from_config(cfg)
+def _check(cfg: DictConfig, size: int, prepare: Callable[[DictConfig], Collection[str]] | None) -> Settings:
+    sections = () if prepare is None else prepare(cfg)
+    settings = Settings.from_config(cfg, sections=sections)
     trust(settings.trusted_components)
     check_components(cfg)
     settings.check_world_size(size)

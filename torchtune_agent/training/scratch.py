@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchtune import training
 
+from torchtune_agent.models.adapter import PARTS
+
 _INIT_STD = 0.02
 
 
@@ -26,8 +28,12 @@ class ScratchCheckpointer:
         self._seed = seed
 
     def initial_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Weights for `model` (which may be on the meta device): matrices normal(0, 0.02), scales 1, biases 0."""
-        return {name: self._initial(name, tensor) for name, tensor in model.state_dict().items()}
+        """Weights for `model` (which may be on the meta device): matrices normal(0, 0.02), scales 1, biases 0.
+
+        Not for adapters, which have a start of their own.
+        """
+        state = model.state_dict()
+        return {name: self._initial(name, tensor) for name, tensor in state.items() if not name.endswith(PARTS)}
 
     def _initial(self, name: str, like: torch.Tensor) -> torch.Tensor:
         if like.ndim == 1:

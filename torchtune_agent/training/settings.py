@@ -5,7 +5,7 @@ options when they are made.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +31,7 @@ COMPONENT_KEYS = {
     "metric_logger",
     "profiler",
     "tensor_parallel_plan",
+    "adapter",
 }
 OTHER_SECTIONS = {"check", "plan"}  # read by agent_data_check and agent_plan: one file serves all
 _REQUIRED_COMPONENTS = ("model", "tokenizer", "checkpointer", "dataset", "optimizer")
@@ -57,6 +58,7 @@ class Settings(BaseModel):
     # True: there must be a checkpoint; "auto": where there never was one, start anew; a path: that one
     resume_from_checkpoint: StrictBool | Literal["auto"] | Path = False
     resume_override: list[str] = []  # keys whose new values a resumed run is to go on with
+    freeze: list[str] = []  # patterns of names of weights that stay as they are
     # Steps
     epochs: int = 1
     max_steps_per_epoch: int | None = None
@@ -103,23 +105,25 @@ class Settings(BaseModel):
     cudnn_deterministic_mode: int | str | None = None
 
     @classmethod
-    def from_config(cls, cfg: DictConfig, *, for_this_machine: bool = True) -> "Settings":
+    def from_config(
+        cls, cfg: DictConfig, *, for_this_machine: bool = True, sections: Collection[str] = ()
+    ) -> "Settings":
         """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused.
 
-        A config for another machine may name a device that is not here."""
-        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS | OTHER_SECTIONS)
+        A config for another machine may name a device that is not here. `sections` are those of the recipe alone."""
+        elsewhere = COMPONENT_KEYS | OTHER_SECTIONS | set(sections)
+        check_keys(cfg, set(cls.model_fields) | elsewhere)
         values = resolved(cfg)
         for key in ("output_dir", *_REQUIRED_COMPONENTS):
             if values.get(key) is None:
                 raise UserError(
                     f"{key}: not given. Every training config needs it; `tune cat tiny/agent_sft` shows one."
                 )
-        elsewhere = COMPONENT_KEYS | OTHER_SECTIONS
         settings = checked(cls, {key: value for key, value in values.items() if key not in elsewhere})
         settings._check_ranges()
         if for_this_machine:
             settings._check_device()
-        settings._check_together(cfg)
+        settings._check_together(cfg, sections)
         return settings
 
     @property
@@ -175,7 +179,7 @@ class Settings(BaseModel):
         elif self.dtype == "bf16" and not torch.cuda.is_bf16_supported():
             raise UserError("dtype=bf16: this GPU does not support it. Set dtype=fp32.")
 
-    def _check_together(self, cfg: DictConfig) -> None:
+    def _check_together(self, cfg: DictConfig, sections: Collection[str]) -> None:
         if self.optimizer_in_bwd and self.clip_grad_norm is not None:
             raise UserError("clip_grad_norm: cannot be used with optimizer_in_bwd=True. Set clip_grad_norm=null.")
         if self.optimizer_in_bwd and self.gradient_accumulation_steps > 1:
@@ -202,11 +206,11 @@ class Settings(BaseModel):
         if weights is not None and Path(weights).resolve() == (self.output_dir / "checkpoints").resolve():
             raise UserError(
                 f"checkpointer.output_dir={weights}: that folder is for checkpoints to resume from. Name another one "
-                "for the trained weights, for example ${output_dir}/weights."
+                "for the trained weights, for example ${output_dir}/model."
             )
         if self.keep_best is not None and cfg.get("dataset_val") is None:
             raise UserError(f"keep_best={self.keep_best}: needs dataset_val, whose metrics it names.")
-        known = set(type(self).model_fields) | COMPONENT_KEYS
+        known = set(type(self).model_fields) | COMPONENT_KEYS | set(sections)
         for key in self.resume_override:
             if re.split(r"[.\[]", key)[0] not in known:
                 raise UserError(f"resume_override: '{key}' is no config key. {did_you_mean(key, known)}")

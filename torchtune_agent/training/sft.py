@@ -46,12 +46,17 @@ def sft_data(run: Run, tokenizer: Any, model: nn.Module) -> SFTData:
             f"batch_size {plan.batch_size} x gradient_accumulation_steps {plan.accumulation} x "
             f"{plan.dp_size} data-parallel ranks). Lower batch_size or gradient_accumulation_steps, or add data."
         )
-    validation = None
-    if run.cfg.get("dataset_val") is not None:
-        plan = StepPlan(settings.batch_size_val or settings.batch_size, 1, world.dp_rank, world.dp_size)
-        datasets = _datasets(run, "dataset_val", tokenizer, model)
-        validation = _loader(run, "dataset_val", datasets, tokenizer, plan, shuffle=False)
-    return SFTData(train, validation, classified)
+    return SFTData(train, validation_data(run, tokenizer, model), classified)
+
+
+def validation_data(run: Run, tokenizer: Any, model: nn.Module) -> SampleLoader | None:
+    """The configured validation set as a loader, where there is one."""
+    settings, world = run.settings, run.world
+    if run.cfg.get("dataset_val") is None:
+        return None
+    plan = StepPlan(settings.batch_size_val or settings.batch_size, 1, world.dp_rank, world.dp_size)
+    datasets = _datasets(run, "dataset_val", tokenizer, model)
+    return _loader(run, "dataset_val", datasets, tokenizer, plan, shuffle=False)
 
 
 def has_token_classes(dataset: Any) -> bool:
@@ -103,14 +108,18 @@ def _loader(run: Run, key: str, datasets: list[Any], tokenizer: Any, plan: StepP
         raise UserError(f"{key}: some of its datasets are packed and some are not. Set packed alike on all of them.")
     if packed == {True} and tokenizer.max_seq_len is None:
         raise UserError(f"{key}.packed=True: needs tokenizer.max_seq_len, the length of a packed sequence.")
-    collator = Collator(
-        pad_id=tokenizer.pad_id,
-        pack_to=tokenizer.max_seq_len if packed == {True} else None,
-        special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
-    )
+    collator = collator_of(tokenizer, packed=packed == {True})
     dataset = JoinedDataset(dict(zip(dataset_sections(run.cfg, key), datasets, strict=True)))
     assert run.settings.seed is not None
     return SampleLoader(dataset, collator, plan, shuffle=shuffle, seed=run.settings.seed)
+
+
+def collator_of(tokenizer: Any, *, packed: bool) -> Collator:
+    return Collator(
+        pad_id=tokenizer.pad_id,
+        pack_to=tokenizer.max_seq_len if packed else None,
+        special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
+    )
 
 
 def make_dataset(section: DictConfig, key: str, tokenizer: Any, *, classified: bool, **replaced: Any) -> Any:

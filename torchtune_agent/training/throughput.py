@@ -20,13 +20,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def operations(model: TransformerDecoder, length: float) -> float:
     """Floating-point operations that training takes for each token of sequences of `length` tokens.
 
-    Six for every weight that is multiplied; looking up an embedding is none, but tied ones are multiplied at the
-    output. Then attention: two products of queries, keys and values with the text before, half of the pairs.
+    Six for every weight that is multiplied, four where it is frozen; looking up an embedding is none, but tied ones are
+    multiplied at the output. Then attention: two products of queries, keys and values with the text before, half of
+    the pairs.
     """
     untied = model.output is not None and hasattr(model.output, "weight")
-    looked_up = model.tok_embeddings.weight.numel() if untied else 0
-    multiplied = sum(parameter.numel() for parameter in model.parameters()) - looked_up
-    return 6 * multiplied + 12 * len(model.layers) * model.tok_embeddings.embedding_dim * length / 2
+    looked_up = model.tok_embeddings.weight if untied else None
+    of_weights = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters() if p is not looked_up)
+    return of_weights + 12 * len(model.layers) * model.tok_embeddings.embedding_dim * length / 2
 
 
 class Throughput:

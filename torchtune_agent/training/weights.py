@@ -4,6 +4,7 @@ They are not what a run is resumed from: that is in the folder of checkpoints (s
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,21 @@ from torchtune.training import DistributedCheckpointer
 from torchtune_agent.config import component, instantiate
 from torchtune_agent.distributed import World, on_main, together
 from torchtune_agent.errors import UserError
+from torchtune_agent.models.checkpointer import HFCheckpointer
+from torchtune_agent.training.parameters import ParameterSetup
 from torchtune_agent.training.scratch import ScratchCheckpointer
 
 
 class UserWeights:
     """Reads the base model and writes a folder of trained weights at every epoch's end."""
 
-    def __init__(self, cfg: DictConfig, world: World) -> None:
+    def __init__(self, cfg: DictConfig, world: World, parameters: ParameterSetup) -> None:
         self._cfg = cfg
         self._world = world
+        self._parameters = parameters
         self._checkpointer: Any = together(self._make)
         self.folder = Path(cfg.checkpointer.get("output_dir", cfg.output_dir))
+        self._own_folder = Path(cfg.output_dir) / "lora_weights"
 
     def _make(self) -> Any:
         section = self._cfg.checkpointer
@@ -47,10 +52,10 @@ class UserWeights:
     def load(self, model: TransformerDecoder) -> Mapping[str, Any]:
         """The full state dict that a run starts from."""
         weights = together(self._load).get(training.MODEL_KEY)
-        if weights is not None:
-            return weights
-        assert isinstance(self._checkpointer, ScratchCheckpointer)
-        return self._checkpointer.initial_weights(model)
+        if weights is None:
+            assert isinstance(self._checkpointer, ScratchCheckpointer)
+            weights = self._checkpointer.initial_weights(model)
+        return self._parameters.starting(weights, model)
 
     def _load(self) -> dict[str, Any]:
         try:
@@ -60,12 +65,18 @@ class UserWeights:
 
     def write(self, model: TransformerDecoder, epoch: int) -> None:
         """Write the model as it is after `epoch`."""
-        weights = training.gather_cpu_state_dict(model, self._world.is_main, device=self._world.device)  # pyright: ignore
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # NF4 shards are gathered by a function of an older name
+            weights = training.gather_cpu_state_dict(model, self._world.is_main, device=self._world.device)  # pyright: ignore
 
         def write() -> None:
             try:
+                self._parameters.write_own(weights, self._own_folder / f"epoch_{epoch}", self._checkpointer)
+                finished = self._parameters.finished(weights)
+                if not isinstance(self._checkpointer, HFCheckpointer):  # which takes one tensor after another
+                    finished = dict(finished)
                 self._checkpointer.save_checkpoint(
-                    {training.MODEL_KEY: weights}, epoch=epoch, intermediate_checkpoint=False
+                    {training.MODEL_KEY: finished}, epoch=epoch, intermediate_checkpoint=False
                 )
             except OSError as error:
                 raise UserError(

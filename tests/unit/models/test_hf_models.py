@@ -168,21 +168,10 @@ def test_a_saved_folder_has_all_that_belongs_to_a_model(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(saved).apply_chat_template(messages, tokenize=False) == expected
 
 
-def test_an_unfinished_run_goes_on_from_its_newest_epoch(tmp_path: Path) -> None:
-    base, out = tmp_path / "base", tmp_path / "out"
+def test_weights_with_adapters_are_not_a_folder_to_load(tmp_path: Path) -> None:
+    base = tmp_path / "base"
     save_random(base, *CASES["llama"])
-    saver = HFCheckpointer(str(base), str(out))
-    ours = load_ours(base, out)
-    for epoch in (9, 10):
-        ours.get_parameter("norm.scale").data.fill_(float(epoch))
-        saver.save_checkpoint({training.MODEL_KEY: ours.state_dict(), training.OPT_KEY: {"state": epoch}}, epoch, True)
-    (out / "epoch_11.unfinished").mkdir()
-    loaded = HFCheckpointer(str(base), str(out), should_load_recipe_state=True).load_checkpoint()
-    assert loaded[training.OPT_KEY] == {"state": 10} and set(loaded[training.MODEL_KEY]["norm.scale"].tolist()) == {
-        10.0
-    }
-    with pytest.raises(UserError, match="resume_from_checkpoint"):
-        HFCheckpointer(str(base), str(tmp_path / "new"), should_load_recipe_state=True).load_checkpoint()
+    saver = HFCheckpointer(str(base), str(tmp_path / "out"))
     with pytest.raises(UserError, match="Merge adapters before"):
         saver.save_checkpoint({training.MODEL_KEY: {"layers.0.attn.q_proj.lora_a.weight": torch.zeros(1)}}, epoch=0)
 

@@ -254,7 +254,9 @@ def test_adapters_are_a_recipes_parameters() -> None:
 
 def test_a_model_of_torchtunes_lora_builder_keeps_its_adapters() -> None:
     lora = {"_component_": "torchtune.models.llama3.lora_llama3", "lora_attn_modules": ["v_proj"], "lora_rank": 2}
-    model = AdapterParameters(AdapterSettings()).build(config(model={**lora, "lora_alpha": 4}), settings_of())
+    model = AdapterParameters(AdapterSettings(rank=2, alpha=4)).build(
+        config(model={**lora, "lora_alpha": 4}), settings_of()
+    )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"layers.{i}.attn.v_proj.lora_{m}.weight" for i in (0, 1) for m in "ab"}
     sizes: Any = {**dict.fromkeys(("num_layers", "num_heads", "num_kv_heads"), 2), "embed_dim": 16}

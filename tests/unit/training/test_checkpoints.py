@@ -180,9 +180,9 @@ def test_what_is_later_is_put_aside(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_five_lines_and_names_the_weights(tmp_path: Path) -> None:
-    write_readme(tmp_path, tmp_path / "weights")
+    write_readme(tmp_path, tmp_path / "model")
     lines = (tmp_path / "README.txt").read_text().splitlines()
-    assert len(lines) == 5 and lines[2].startswith("weights/") and lines[3].startswith("checkpoints/")
+    assert len(lines) == 5 and lines[2].startswith("model/") and lines[3].startswith("checkpoints/")
 
 
 def checkpoint_of(config: dict[str, Any], **more: Any) -> Checkpoint:
