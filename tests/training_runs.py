@@ -7,7 +7,7 @@ everything it has, and kills itself (SIGKILL) where it is told to. Ranks are sta
 
 or by `launch`, in a second instead of ten: a server imports everything once, and ranks are forked from it.
 `RECORDS` in the environment is the folder for what is written down, `KILL` is PHASE:STEP:RANK (see PHASES), `RECIPE`
-another recipe than agent_sft_distributed.
+the name of a recipe.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from torchtune_agent.data.loader import num_steps
 from torchtune_agent.metrics import read_rows
 from torchtune_agent.training import Parts, Run, checkpoints, run_recipe, saving, sharded
 from torchtune_agent.training.settings import RECIPE_SECTIONS
+from torchtune_agent.training.state import Stateful
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tiny" / "agent_sft.yaml"
@@ -131,6 +132,19 @@ class Recorded:
             row += self.rows_per_step
 
 
+class RecordedStateful(Recorded):
+    """One of a source that changes as the run goes on, and has numbers to log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._source.load_state_dict(state)
+
+    def facts(self) -> dict[str, float]:
+        return self._source.facts()
+
+
 def digest(values: Any) -> str:
     """SHA-256 over tensors (a rank's part of them) and plain values, in the order they stand."""
     hashed = hashlib.sha256()
@@ -163,7 +177,7 @@ def run_rank(cfg: DictConfig) -> int:
     killer = Killer(os.environ.get("KILL"), rank)
     optimizers: dict[int, Optimizer] = {}
     register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.setdefault(id(optimizer), optimizer) and None)
-    models = []
+    built: list[Parts] = []
     name = os.environ.get("RECIPE", "agent_sft_distributed")
     spec = importlib.util.spec_from_file_location("recipe", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -172,15 +186,17 @@ def run_rank(cfg: DictConfig) -> int:
 
     def build(run: Run) -> Parts:
         parts = recipe.build(run)
-        parts.train = Recorded(parts.train, records / f"samples_{rank}.jsonl", killer)
-        models.append(parts.model)
+        recorded = RecordedStateful if isinstance(parts.train, Stateful) else Recorded
+        parts.train = recorded(parts.train, records / f"samples_{rank}.jsonl", killer)
+        built.append(parts)
         return parts
 
-    code = run_recipe(name, cfg, build, sections=[section for section, own in RECIPE_SECTIONS.items() if own == name])
-    if code == 0 and models:
+    sections = [section for section, own in RECIPE_SECTIONS.items() if own == name]
+    code = run_recipe(name, cfg, build, sections, getattr(recipe, "prepare", None))
+    if code == 0 and built:
         state: Any = np.random.get_state(legacy=True)
         found = {
-            "parameters": digest(models[0].state_dict()),
+            "parameters": digest(built[0].model.state_dict()),
             "optimizer": digest([list(o.state.values()) for o in optimizers.values()]),
             "groups": digest(
                 [{k: v for k, v in g.items() if k != "params"} for o in optimizers.values() for g in o.param_groups]
@@ -252,10 +268,11 @@ def launch(
     limit: float = 120,
     config: Path | None = None,
     recipe: str = "agent_sft_distributed",
+    small: Sequence[str] = SMALL,
 ) -> Left:
     """Run `size` ranks that write to `folder`; once one has failed the others are killed, as torchrun would.
 
-    `config` has a model of its own; without it the model is a very small one.
+    `config` has a model of its own; without it the model is a very small one. `small` makes the rest small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -263,7 +280,7 @@ def launch(
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     env |= {"RECORDS": str(folder / "records"), "RECIPE": recipe, **({"KILL": kill} if kill else {})}
-    arguments = ["--config", str(config or CONFIG), f"output_dir={folder / 'out'}", *SMALL]
+    arguments = ["--config", str(config or CONFIG), f"output_dir={folder / 'out'}", *small]
     arguments += [*(() if config else SMALL_MODEL), *overrides]
     log = folder / f"log_{len(list(folder.glob('log_*')))}.txt"
     ranks = [

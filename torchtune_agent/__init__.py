@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torchtune_agent.api.results import EvalResult, TrainingResult
     from torchtune_agent.api.running import TrainingStopped
     from torchtune_agent.api.trainer import AgentSFTTrainer
+    from torchtune_agent.continual import OnlineContinualLearner
     from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform, TokenClass
     from torchtune_agent.errors import UserError
     from torchtune_agent.metrics import DetailedMetricsTracker
@@ -36,6 +37,7 @@ _HOME = {
     "TokenClass": "torchtune_agent.data",
     "CoresetSelector": "torchtune_agent.selection",
     "DetailedMetricsTracker": "torchtune_agent.metrics",
+    "OnlineContinualLearner": "torchtune_agent.continual",
     "ToolWorld": "torchtune_agent.toolworld",
     "Trainer": "torchtune_agent.training",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "CoresetSelector",
     "DetailedMetricsTracker",
     "EvalResult",
+    "OnlineContinualLearner",
     "RLTrainingConfig",
     "TokenClass",
     "ToolWorld",

@@ -37,6 +37,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "agent_coreset_distributed": ("tiny/agent_coreset",),
     "agent_active_distributed": (),
     "agent_validate_distributed": (),
+    "agent_replay_distributed": ("tiny/agent_replay", "tiny/agent_stream"),
     "agent_data_check": (),
     "agent_plan": (),
     "agent_export": (),

@@ -13,10 +13,12 @@ from torchtune.modules import TransformerDecoder
 
 from torchtune_agent._tune import RECIPES, config_path
 from torchtune_agent.config import instantiate
-from torchtune_agent.data import AgentSFTDataset
+from torchtune_agent.continual.config import take_arrivals, take_stream
+from torchtune_agent.data import AgentSFTDataset, AgentSFTTransform
 from torchtune_agent.toolworld import TOKENIZER_DIR
 from torchtune_agent.training import Settings, parameter_setup
 from torchtune_agent.training.data_check import CheckSettings
+from torchtune_agent.training.sft import dataset_sections
 
 NAMES = sorted({name for names in RECIPES.values() for name in names})
 SHARDS = 32
@@ -48,6 +50,10 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, checkpoint_dir: Path)
     cfg = OmegaConf.load(config_path(request.param))
     assert isinstance(cfg, DictConfig)
     cfg.output_dir = str(tmp_path / "out")
+    if "stream" in cfg:
+        take_stream(cfg)
+    if "arrivals" in cfg:
+        take_arrivals(cfg)
     if "checkpoint_dir" in cfg.checkpointer:
         cfg.checkpointer.checkpoint_dir = str(checkpoint_dir)
     if "model_dir" in cfg.model:
@@ -72,8 +78,13 @@ def test_every_component_can_be_made(config: DictConfig, monkeypatch: pytest.Mon
     assert tokenizer.max_seq_len is not None
     for key in ("dataset", "dataset_val"):
         if key in config:
-            dataset = make(key, tokenizer)
-            assert isinstance(dataset, AgentSFTDataset) and len(dataset) > 0
+            made.add(key)
+            for section in dataset_sections(config, key).values():
+                dataset = instantiate(section, key, tokenizer)
+                if key == "dataset" and "arrivals" in config:
+                    assert isinstance(dataset, AgentSFTTransform)
+                else:
+                    assert isinstance(dataset, AgentSFTDataset) and len(dataset) > 0
     optimizer = make("optimizer", [torch.nn.Parameter(torch.zeros(2))])
     make("lr_scheduler", optimizer, num_training_steps=10)
     make("checkpointer")
@@ -81,7 +92,8 @@ def test_every_component_can_be_made(config: DictConfig, monkeypatch: pytest.Mon
     if "profiler" in config:
         make("profiler")
     made.add("model")  # made in the test below
-    assert made == {key for key, value in config.items() if OmegaConf.is_dict(value) and "_component_" in value}
+    sections = {key: value[0] if OmegaConf.is_list(value) else value for key, value in config.items()}
+    assert made == {key for key, value in sections.items() if OmegaConf.is_dict(value) and "_component_" in value}
 
 
 @pytest.mark.parametrize("config", NAMES, indirect=True)

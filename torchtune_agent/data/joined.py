@@ -50,6 +50,11 @@ class JoinedDataset:
         part, inside = self._find(index)
         return self._parts[part][inside]
 
+    @property
+    def parts(self) -> list[range]:
+        """Which samples are from which data set."""
+        return [range(first, end) for first, end in zip(self._starts, self._starts[1:], strict=False)]
+
     def info(self, index: int) -> SampleInfo:
         part, inside = self._find(index)
         own = getattr(self._parts[part], "info", None)

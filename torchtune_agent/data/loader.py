@@ -7,7 +7,7 @@ Nothing is dropped and nothing repeated; the last step of an epoch is simply sma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,6 +37,15 @@ class BatchSource(Protocol):
     def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches from `first_row` of the epoch on, one list per optimizer step; every rank's lists
         have equal lengths."""
+        ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A source that has numbers to log with every step."""
+
+    def facts(self) -> dict[str, float]:
+        """Of the step that was trained last; every rank calls it."""
         ...
 
 
@@ -77,9 +86,9 @@ class SampleLoader:
         shuffle: bool,
         seed: int,
     ) -> None:
-        self._dataset = dataset
-        self._collator = collator
-        self._plan = plan
+        self.dataset = dataset
+        self.collator = collator
+        self.plan = plan
         self._shuffle = shuffle
         self._seed = seed
         self._packs: list[list[int]] | None = None
@@ -90,24 +99,16 @@ class SampleLoader:
             self._packs = pack(lengths, collator.pack_to)
 
     @property
-    def dataset(self) -> JoinedDataset:
-        return self._dataset
-
-    @property
-    def collator(self) -> Collator:
-        return self._collator
-
-    @property
     def seed(self) -> int:
         return self._seed
 
     def over(self, dataset: JoinedDataset) -> "SampleLoader":
         """A loader of other samples that is like this one in everything else."""
-        return SampleLoader(dataset, self._collator, self._plan, shuffle=self._shuffle, seed=self._seed)
+        return SampleLoader(dataset, self.collator, self.plan, shuffle=self._shuffle, seed=self._seed)
 
     @property
     def num_rows(self) -> int:
-        return len(self._dataset if self._packs is None else self._packs)
+        return len(self.dataset if self._packs is None else self._packs)
 
     def row(self, number: int) -> list[int]:
         """The samples of a row."""
@@ -115,7 +116,7 @@ class SampleLoader:
 
     @property
     def rows_per_step(self) -> int:
-        return self._plan.rows_per_step
+        return self.plan.rows_per_step
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers in the order the epoch trains them, the same on every rank."""
@@ -125,23 +126,23 @@ class SampleLoader:
 
     def epoch(self, number: int, first_row: int = 0) -> Iterator[list[Batch]]:
         order = self.order(number)[first_row:]
-        for start in range(0, len(order), self._plan.rows_per_step):
-            yield self.step(order[start : start + self._plan.rows_per_step].tolist())
+        for start in range(0, len(order), self.plan.rows_per_step):
+            yield self.step(order[start : start + self.plan.rows_per_step].tolist())
 
     def step(self, rows: Sequence[int]) -> list[Batch]:
         """This rank's micro-batches of a step that trains `rows`."""
-        return [self._collate(own) for own in self._plan.step(rows)]
+        return [self._collate(own) for own in self.plan.step(rows)]
 
     def fingerprint(self) -> str:
         """Of what an epoch is made of: every sample, and which share a row."""
         rows = [] if self._packs is None else ["packed", self._packs]
-        return f"{len(self._dataset):,} samples, {combine([self._dataset.fingerprint(), rows])}"
+        return f"{len(self.dataset):,} samples, {combine([self.dataset.fingerprint(), rows])}"
 
     def _collate(self, rows: Sequence[int]) -> Batch:
         samples = [self.row(row) for row in rows]
-        batch = self._collator([[self._dataset[i] for i in row] for row in samples])
+        batch = self.collator([[self.dataset[i] for i in row] for row in samples])
         batch.info = partial(self._info, [i for row in samples for i in row])
         return batch
 
     def _info(self, samples: list[int]) -> list[SampleInfo]:
-        return [self._dataset.info(i) for i in samples]
+        return [self.dataset.info(i) for i in samples]

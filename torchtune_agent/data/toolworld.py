@@ -20,6 +20,7 @@ def toolworld_dataset(
     num_tasks: int = 1000,
     num_tools: int = 200,
     seed: int = 0,
+    first_tool: int = 0,
     packed: bool = False,
     enable_token_classification: bool = True,
     train_on_tool_calls_only: bool = False,
@@ -33,6 +34,7 @@ def toolworld_dataset(
         num_tasks: how many conversations.
         num_tools: how many tools the world has.
         seed: of the world.
+        first_tool: the number of its first tool: worlds of the same seed share no tool where their numbers do not meet.
         packed: see AgentSFTDataset, like the arguments after it.
     """
     from torchtune_agent.toolworld import ToolWorld
@@ -41,7 +43,7 @@ def toolworld_dataset(
         raise UserError(f"dataset.split={split}: must be 'train', 'validation' or 'test'.")
     return AgentSFTDataset(
         tokenizer,
-        source=ToolWorld(num_tools=num_tools, seed=seed).conversations(split, num_tasks),
+        source=ToolWorld(num_tools=num_tools, seed=seed, first_tool=first_tool).conversations(split, num_tasks),
         packed=packed,
         enable_token_classification=enable_token_classification,
         train_on_tool_calls_only=train_on_tool_calls_only,

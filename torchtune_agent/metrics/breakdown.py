@@ -1,4 +1,5 @@
-"""Tables per tool and per data source: rows beside `metrics.jsonl`, read back and shown. Imports nothing heavy."""
+"""Tables beside `metrics.jsonl`, read back and shown: per tool, per data source, and any that a recipe leaves for the
+report. Imports nothing heavy."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,19 @@ def write_rows(logs: Path, by: str, split: str, rows: Mapping[str, Mapping[str, 
     ]
     with path_of(logs, by).open("a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
+
+
+def write_table(logs: Path, name: str, title: str, lines: Sequence[Sequence[str]]) -> None:
+    """A table for the report, in the place of the one it had under this name. Its first line is its head."""
+    folder = logs / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"title": title, "lines": lines}), encoding="utf-8")
+
+
+def read_tables(logs: Path) -> list[tuple[str, list[list[str]]]]:
+    """Titles and lines of all that `write_table` left."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((logs / "tables").glob("*.json"))]
+    return [(table["title"], table["lines"]) for table in found]
 
 
 def latest(logs: Path, by: str) -> tuple[str, int, dict[str, dict[str, Any]]] | None:

@@ -40,8 +40,11 @@ def write_report(logs: Path, history: History) -> Path:
 
 
 def _breakdowns(logs: Path) -> list[dict[str, Any]]:
-    """The newest tables per tool and per data source, where the run has them."""
-    tables = []
+    """The newest tables per tool and per data source, where the run has them, and those of its recipe."""
+    tables = [
+        {"title": title, "head": head, "rows": [{"cells": line} for line in lines]}
+        for title, (head, *lines) in breakdown.read_tables(logs)
+    ]
     for by in breakdown.KINDS:
         if (found := breakdown.latest(logs, by)) is not None:
             split, step, rows = found

@@ -74,12 +74,18 @@ def called_by_program() -> Iterator[None]:
         trust(trusted)
 
 
-def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts], sections: Collection[str] = ()) -> int:
+def run_recipe(
+    name: str,
+    cfg: DictConfig,
+    build: Callable[[Run], Parts],
+    sections: Collection[str] = (),
+    prepare: Callable[[DictConfig], object] | None = None,
+) -> int:
     """Check the config, build the parts on every rank, train. Returns the process's exit code: 0, EXIT_STOPPED where
     the run was asked to stop, 1 where it failed.
 
-    `sections` are those of RECIPE_SECTIONS that the recipe reads. `build` may call collectives where what fails before
-    them fails on every rank.
+    `sections` are those of RECIPE_SECTIONS that the recipe reads; `prepare` checks them, and completes the config by
+    them. `build` may call collectives where what fails before them fails on every rank.
     """
     redaction.remember(cfg)
     sys.argv[1:] = redaction.redacted_arguments(sys.argv[1:])  # services that watch a run keep its command line
@@ -90,7 +96,7 @@ def run_recipe(name: str, cfg: DictConfig, build: Callable[[Run], Parts], sectio
     with listening(goes_on=has_caller) as request, group as (rank, size):
         with Watch(rank, size, request, float(timeout)) as watch:
             try:
-                _run(name, cfg, build, size, request, watch, sections)
+                _run(name, cfg, build, size, request, watch, sections, prepare)
             except NothingToTrain:
                 pass
             except BaseException as error:  # torchtune raises such, too
@@ -176,9 +182,10 @@ def _run(
     request: StopRequest,
     watch: Watch,
     sections: Collection[str],
+    prepare: Callable[[DictConfig], object] | None,
 ) -> None:
     utils.get_logger("WARNING")  # torchtune's loggers share one level; what they say at INFO, Progress says
-    settings = together(lambda: _check(cfg, size, name, sections))
+    settings = together(lambda: _check(cfg, size, name, sections, prepare))
     device = utils.get_device(settings.device)
     tp = settings.tensor_parallel_dim
     world = World(torch.distributed.get_rank(), size, device, make_mesh(device.type, size // tp, tp))
@@ -220,13 +227,21 @@ def _say(is_main: bool, text: str) -> None:
         tqdm.write(shown(text), file=sys.stderr)
 
 
-def _check(cfg: DictConfig, size: int, name: str, sections: Collection[str]) -> Settings:
-    settings = Settings.from_config(cfg)
+def _check(
+    cfg: DictConfig,
+    size: int,
+    name: str,
+    sections: Collection[str],
+    prepare: Callable[[DictConfig], object] | None,
+) -> Settings:
     for section, recipe in RECIPE_SECTIONS.items():
         if section in cfg and section not in sections:
             raise UserError(
                 f"{section}: {name} does not read this section; {recipe} does. Run that, or add ~{section}."
             )
+    if prepare is not None:
+        prepare(cfg)
+    settings = Settings.from_config(cfg)
     trust(settings.trusted_components)
     check_components(cfg)
     settings.check_world_size(size)

@@ -38,6 +38,10 @@ RECIPE_SECTIONS = {
     "active": "agent_active_distributed",
     "coreset": "agent_coreset_distributed",
     "curriculum": "agent_coreset_distributed",
+    "stream": "agent_replay_distributed",
+    "phases": "agent_replay_distributed",
+    "arrivals": "agent_replay_distributed",
+    "continual": "agent_replay_distributed",
 }
 # Read by agent_data_check, agent_plan and agent_export, which pass over the sections of recipes: one file serves all
 OTHER_SECTIONS = {"check", "plan", "export", *RECIPE_SECTIONS}
@@ -119,14 +123,14 @@ class Settings(BaseModel):
         """Read the plain keys of `cfg`; unknown keys, wrong types and values that cannot be are refused.
 
         A config for another machine may name a device that is not here."""
-        check_keys(cfg, set(cls.model_fields) | COMPONENT_KEYS | OTHER_SECTIONS)
+        elsewhere = COMPONENT_KEYS | OTHER_SECTIONS
+        check_keys(cfg, set(cls.model_fields) | elsewhere)
         values = resolved(cfg)
         for key in ("output_dir", *_REQUIRED_COMPONENTS):
             if values.get(key) is None:
                 raise UserError(
                     f"{key}: not given. Every training config needs it; `tune cat tiny/agent_sft` shows one."
                 )
-        elsewhere = COMPONENT_KEYS | OTHER_SECTIONS
         settings = checked(cls, {key: value for key, value in values.items() if key not in elsewhere})
         settings._check_ranges()
         if for_this_machine:

@@ -129,14 +129,18 @@ def _loader(run: Run, key: str, datasets: list[Any], tokenizer: Any, plan: StepP
         raise UserError(f"{key}: some of its datasets are packed and some are not. Set packed alike on all of them.")
     if packed == {True} and tokenizer.max_seq_len is None:
         raise UserError(f"{key}.packed=True: needs tokenizer.max_seq_len, the length of a packed sequence.")
-    collator = Collator(
-        pad_id=tokenizer.pad_id,
-        pack_to=tokenizer.max_seq_len if packed == {True} else None,
-        special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
-    )
+    collator = collator_of(tokenizer, packed=packed == {True})
     dataset = JoinedDataset(dict(zip(dataset_sections(run.cfg, key), datasets, strict=True)))
     assert run.settings.seed is not None
     return SampleLoader(dataset, collator, plan, shuffle=shuffle, seed=run.settings.seed)
+
+
+def collator_of(tokenizer: Any, *, packed: bool) -> Collator:
+    return Collator(
+        pad_id=tokenizer.pad_id,
+        pack_to=tokenizer.max_seq_len if packed else None,
+        special_ids=frozenset({tokenizer.eos_id, *tokenizer.stop_tokens}),
+    )
 
 
 def make_dataset(section: DictConfig, key: str, tokenizer: Any, *, classified: bool, **replaced: Any) -> Any:

@@ -37,7 +37,8 @@ _PLAIN = (type(None), bool, int, float, str, torch.Tensor)
 class Stateful(Protocol):
     """A data source or objective that changes as the run goes on (a replay buffer, reference statistics).
 
-    Its state is the run's: equal on every rank, made of plain values, lists, dicts and tensors.
+    Its state is the run's: equal on every rank, made of plain values, lists, dicts and tensors. Every rank asks for it
+    at the same time, so that what is sharded can be put together.
     """
 
     def state_dict(self) -> dict[str, Any]: ...

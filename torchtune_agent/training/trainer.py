@@ -18,7 +18,7 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 
 from torchtune_agent.data.collate import Batch
-from torchtune_agent.data.loader import BatchSource
+from torchtune_agent.data.loader import BatchSource, Telling
 from torchtune_agent.distributed import World, together
 from torchtune_agent.losses import Objective
 from torchtune_agent.metrics.detail import LEDGER, Detail, merged
@@ -212,8 +212,9 @@ class Trainer:
     def _snapshot(self) -> Snapshot:
         own = {"random": random_state(self.world.device), "detail": self.detail.state_dict()}
         files = {rank_file(self.world.rank): to_bytes(own)}
+        values = run_values(self.position, self.num_steps, self.stepper, self._stateful)  # may gather shards
         if self.world.is_main:
-            files[RUN] = to_bytes(run_values(self.position, self.num_steps, self.stepper, self._stateful))
+            files[RUN] = to_bytes(values)
         return Snapshot(tensors_of(self.model, self.stepper), files)
 
     def _restore(self, checkpoint: Checkpoint, cfg: DictConfig) -> None:
@@ -304,6 +305,8 @@ class Trainer:
         if norm is not None:
             row["grad_norm"] = float(norm)
         row["nonfinite_steps"] = self.guard.total
+        if isinstance(self.parts.train, Telling):
+            row |= self.parts.train.facts()
         self.detail.fetch()
         if not measured:
             self.progress.step(row, self.global_step)
