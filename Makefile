@@ -6,13 +6,14 @@ INSTALLED := .venv/.installed
 # One file stays in one worker, so that its module fixtures (a built wheel, a trained checkpoint) are made once.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test lint bench chaos clean
 
 help:
 	@echo "make quickstart   train a tiny agent on two processes, on a CPU, with nothing downloaded but packages"
 	@echo "make test         the whole test suite"
 	@echo "make lint         ruff and pyright"
 	@echo "make bench        every benchmark, in its quick form"
+	@echo "make chaos        every fault that a run must survive, tried for real: half an hour"
 	@echo "make clean        remove caches and build leftovers"
 
 quickstart: $(INSTALLED)
@@ -33,6 +34,10 @@ bench: $(INSTALLED)
 	    $(BIN)/python "$$file" --quick || status=1; \
 	done; \
 	exit $$status
+
+# Some of it: make chaos CHAOS_ARGS="kills damage --seed 1"
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

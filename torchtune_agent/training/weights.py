@@ -17,6 +17,7 @@ from torchtune_agent.config import component, instantiate
 from torchtune_agent.distributed import World, on_main, together
 from torchtune_agent.errors import UserError
 from torchtune_agent.training.scratch import ScratchCheckpointer
+from torchtune_agent.training.sharded import disk_problem
 
 
 class UserWeights:
@@ -67,10 +68,12 @@ class UserWeights:
                 self._checkpointer.save_checkpoint(
                     {training.MODEL_KEY: weights}, epoch=epoch, intermediate_checkpoint=False
                 )
-            except OSError as error:
+            except Exception as error:  # checkpointers write in several ways, and each says in its own that it cannot
+                if (reason := disk_problem(error)) is None:
+                    raise
                 raise UserError(
                     f"checkpointer.output_dir={self.folder}: the weights of epoch {epoch} cannot be written: "
-                    f"{error.strerror or error}. Make room or name another folder, and go on with "
+                    f"{reason}. Make room or name another folder, and go on with "
                     "resume_from_checkpoint=auto."
                 ) from error
 
