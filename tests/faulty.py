@@ -6,6 +6,7 @@ It is named in a config like any user's: `dataset._component_=tests.faulty.datas
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ def dataset(
     **options: Any,
 ) -> Any:
     """ToolWorld's training data. When `rank` (-1: every rank) reads its sample number `at`, `fault` happens to it, and
-    to `times` samples in all. `api_token` and `url` are secrets that a config may hold."""
+    to `times` samples in all; the time goes to a file `fault` in the folder that `RECORDS` in the environment names.
+    `api_token` and `url` are secrets that a config may hold."""
     made = toolworld_dataset(tokenizer, **options)
     made.__class__ = _Faulty
     assert isinstance(made, _Faulty)
@@ -45,7 +47,11 @@ class _Faulty(AgentSFTDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
         self.num_read += 1
-        return _FAULTS[self.fault](sample) if self.first <= self.num_read <= self.last else sample
+        if self.fault == "none" or not self.first <= self.num_read <= self.last:
+            return sample
+        if records := os.environ.get("RECORDS"):
+            (Path(records) / "fault").write_text(str(time.time()))
+        return _FAULTS[self.fault](sample)
 
 
 def _die(sample: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +65,12 @@ def _die_at_first(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _hang(sample: dict[str, Any]) -> dict[str, Any]:
     time.sleep(1000)
+    return sample
+
+
+def _freeze(sample: dict[str, Any]) -> dict[str, Any]:
+    """All threads of the process at once, as in the kernel's hands."""
+    os.kill(os.getpid(), signal.SIGSTOP)
     return sample
 
 
@@ -91,6 +103,7 @@ _FAULTS = {
     "die": _die,
     "die at first": _die_at_first,
     "hang": _hang,
+    "freeze": _freeze,
     "raise": _raise,
     "signal launcher": _signal_launcher,
     "signal self": _signal_self,

@@ -1,13 +1,14 @@
 """Small real runs that can be killed at a chosen moment, and what is left of them, for tests of resuming and of faults.
 
-A rank is the real recipe with three additions: it writes down which samples it trains, ends with SHA-256 digests of
-everything it has, and kills itself (SIGKILL) where it is told to. Ranks are started by torchrun,
+A rank is the real recipe with additions: it writes down which samples it trains, ends with SHA-256 digests of
+everything it has, and sends itself SIGKILL or other signals, or spoils a loss or gradient, where it is told to. Ranks
+are started by torchrun or `tune run`, from the folder above this one,
 
-    torchrun --nproc_per_node 2 tests/training_runs.py --config configs/tiny/agent_sft.yaml output_dir=OUT ...
+    tune run --nproc_per_node 2 tests/training_runs.py --config configs/tiny/agent_sft.yaml output_dir=OUT ...
 
 or by `launch`, in a second instead of ten: a server imports everything once, and ranks are forked from it.
-`RECORDS` in the environment is the folder for what is written down, `KILL` is PHASE:STEP:RANK (see PHASES), `RECIPE`
-the name of a recipe.
+In the environment, `RECORDS` is the folder for what is written down, `KILL` is PHASE:STEP:RANK or
+PHASE:STEP:RANK:SIGNAL+SIGNAL (see PHASES), `SPOIL` is loss|gradient:VALUE:STEP:RANK, and `RECIPE` the name of a recipe.
 """
 
 import hashlib
@@ -20,9 +21,10 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,13 @@ import torch
 from omegaconf import DictConfig
 from pyarrow import parquet
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config
 
 from torchtune_agent.data.collate import Batch
 from torchtune_agent.data.loader import num_steps
 from torchtune_agent.metrics import read_rows
-from torchtune_agent.training import Parts, Run, checkpoints, run_recipe, saving, sharded
+from torchtune_agent.training import Parts, Run, checkpoints, resume, run_recipe, saving, sharded, trainer, weights
 from torchtune_agent.training.settings import RECIPE_SECTIONS
 from torchtune_agent.training.state import Stateful
 
@@ -64,7 +65,7 @@ SMALL = (
 )
 LAST_STEP = 12
 
-# Where a rank can be killed: beside `step` (as a step begins), before or after a part of saving.
+# Where a rank can be killed: beside `step` (as a step begins), before or after a part of saving or of the run.
 PHASES: dict[str, tuple[Any, str, str]] = {
     "begun": (checkpoints.CheckpointFolder, "begin", "after"),
     "files": (saving, "_write_files", "after"),
@@ -75,15 +76,25 @@ PHASES: dict[str, tuple[Any, str, str]] = {
     "renamed": (Path, "rename", "after"),
     "published": (checkpoints.CheckpointFolder, "publish", "after"),
     "pruning": (shutil, "rmtree", "before"),
+    "validating": (trainer.Trainer, "_validate", "before"),
+    "epoch's end": (trainer.Trainer, "_end_epoch", "before"),
+    "weights": (weights.UserWeights, "write", "before"),
+    "weights written": (weights.UserWeights, "write", "after"),
+    "recovered": (checkpoints.CheckpointFolder, "recover", "after"),
+    "rewinding": (resume, "rewind", "before"),
+    "rewound": (resume, "rewind", "after"),
+    "loading": (weights.UserWeights, "load", "before"),
+    "restored": (trainer.Trainer, "_restore", "after"),
 }
 
 
 class Killer:
-    """Kills this process at one moment: in `phase`, in or after `step`, where this is `rank`."""
+    """Kills this process at one moment, in `phase` in or after `step`, where this is `rank`; or signals it once."""
 
     def __init__(self, plan: str | None, rank: int) -> None:
-        self.phase, step, of_rank = (plan or "none:0:-1").split(":")
+        self.phase, step, of_rank, *names = (plan or "none:0:-1").split(":")
         self.step, self.is_meant = int(step), int(of_rank) == rank
+        self.signals = [signal.Signals[name] for name in names[0].split("+")] if names else [signal.SIGKILL]
         self.now = 0
         if self.is_meant and self.phase in PHASES:
             owner, name, when = PHASES[self.phase]
@@ -92,10 +103,10 @@ class Killer:
     def _wrapped(self, real: Callable[..., Any], when: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if when == "before" and self.now >= self.step:
-                die()
+                self._fire()
             result = real(*args, **kwargs)
             if when == "after" and self.now >= self.step:
-                die()
+                self._fire()
             return result
 
         return call
@@ -103,12 +114,44 @@ class Killer:
     def step_begins(self, step: int) -> None:
         self.now = step
         if self.is_meant and self.phase == "step" and step == self.step:
-            die()
+            self._fire()
+
+    def _fire(self) -> None:
+        while self.signals:
+            number = self.signals.pop(0)
+            os.kill(os.getpid(), number)
+            time.sleep(60 if number == signal.SIGKILL else 0.01)
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+class _Spoiled(torch.autograd.Function):
+    """The same number, until the loss or what comes back to it is spoiled."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, what: str, value: float) -> torch.Tensor:  # pyright: ignore
+        ctx.factor = value if what == "gradient" else 1.0
+        return loss * (value if what == "loss" else 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        return gradient * ctx.factor, None, None
+
+
+class Spoiler:
+    """An objective whose loss or gradient is no number in one step (0: in every one), on one rank."""
+
+    def __init__(self, objective: Any, plan: str, killer: Killer, rank: int) -> None:
+        self._objective, self._killer = objective, killer
+        self._what, value, step, of_rank = plan.split(":")
+        self._value, self._step, self._is_meant = float(value), int(step), int(of_rank) in (-1, rank)
+
+    def num_targets(self, batch: Batch) -> float:
+        return self._objective.num_targets(batch)
+
+    def __call__(self, model: Any, batch: Batch, *, with_statistics: bool) -> Any:
+        output = self._objective(model, batch, with_statistics=with_statistics)
+        if not self._is_meant or not torch.is_grad_enabled() or self._step not in (0, self._killer.now):
+            return output
+        return replace(output, loss_sum=_Spoiled.apply(output.loss_sum, self._what, self._value))
 
 
 class Recorded:
@@ -175,9 +218,9 @@ def run_rank(cfg: DictConfig) -> int:
     rank, records = int(os.environ.get("RANK", 0)), Path(os.environ["RECORDS"])
     records.mkdir(parents=True, exist_ok=True)
     killer = Killer(os.environ.get("KILL"), rank)
-    optimizers: dict[int, Optimizer] = {}
-    register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.setdefault(id(optimizer), optimizer) and None)
-    built: list[Parts] = []
+    trainers: list[trainer.Trainer] = []
+    train = trainer.Trainer.train
+    trainer.Trainer.train = lambda self: (trainers.append(self), train(self))[1]
     name = os.environ.get("RECIPE", "agent_sft_distributed")
     spec = importlib.util.spec_from_file_location("recipe", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -188,18 +231,20 @@ def run_rank(cfg: DictConfig) -> int:
         parts = recipe.build(run)
         recorded = RecordedStateful if isinstance(parts.train, Stateful) else Recorded
         parts.train = recorded(parts.train, records / f"samples_{rank}.jsonl", killer)
-        built.append(parts)
+        if spoil := os.environ.get("SPOIL"):
+            parts.objective = Spoiler(parts.objective, spoil, killer, rank)
         return parts
 
     sections = [section for section, own in RECIPE_SECTIONS.items() if own == name]
     code = run_recipe(name, cfg, build, sections, getattr(recipe, "prepare", None))
-    if code == 0 and built:
+    if code == 0 and trainers:
         state: Any = np.random.get_state(legacy=True)
+        optimizers = trainers[0].stepper.optimizers
         found = {
-            "parameters": digest(built[0].model.state_dict()),
-            "optimizer": digest([list(o.state.values()) for o in optimizers.values()]),
+            "parameters": digest(trainers[0].model.state_dict()),
+            "optimizer": digest([list(o.state.values()) for o in optimizers]),
             "groups": digest(
-                [{k: v for k, v in g.items() if k != "params"} for o in optimizers.values() for g in o.param_groups]
+                [{k: v for k, v in g.items() if k != "params"} for o in optimizers for g in o.param_groups]
             ),
             "random": digest([random.getstate(), state[1].tolist(), state[2:], torch.get_rng_state()]),
         }
@@ -260,50 +305,91 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
+# Starting a process asks after all others, and what became of one can be asked by only one thread at a time.
+_ASKING = threading.RLock()
+
+
+class Started:
+    """Ranks that run, and write to one log."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        size: int = 2,
+        env: Mapping[str, str] | None = None,
+        config: Path | None = None,
+        small: Sequence[str] = SMALL,
+    ) -> None:
+        """`config` has a model of its own; without it the model is a very small one. `small` makes the rest small."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        every = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        every |= {"RECORDS": str(folder / "records"), **(env or {})}
+        arguments = ["--config", str(config or CONFIG), f"output_dir={folder / 'out'}", *small]
+        arguments += [*(() if config else SMALL_MODEL), *overrides]
+        self.folder = folder
+        self.log = folder / f"log_{len(list(folder.glob('log_*')))}.txt"
+        self.ranks = [
+            _CONTEXT.Process(
+                target=_forked, args=(arguments, {**every, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(self.log))
+            )
+            for rank in range(size)
+        ]
+        with _ASKING:
+            for rank in self.ranks:
+                rank.start()
+
+    @property
+    def codes(self) -> list[int | None]:
+        """The exit code of every rank; None while it runs."""
+        with _ASKING:
+            return [rank.exitcode for rank in self.ranks]
+
+    @property
+    def is_running(self) -> bool:
+        return None in self.codes
+
+    def kill(self, *ranks: int) -> None:
+        with _ASKING:
+            for rank in ranks:
+                self.ranks[rank].kill()
+
+    def finish(self, limit: float = 600, patience: float = 10) -> Left:
+        """Wait for the end; once a rank has failed the others are killed, as torchrun would."""
+        deadline = time.monotonic() + limit
+        while self.is_running and time.monotonic() < deadline:
+            if any(self.codes):
+                deadline = min(deadline, time.monotonic() + patience)  # the others may still have something to say
+            time.sleep(0.02)
+        self.kill(*range(len(self.ranks)))
+        while self.is_running:
+            time.sleep(0.005)
+        output = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return Left(self.folder, [code or 0 for code in self.codes], output)
+
+
 def launch(
     folder: Path,
     *overrides: str,
     size: int = 2,
     kill: str | None = None,
-    limit: float = 120,
+    env: Mapping[str, str] | None = None,
+    limit: float = 600,
     config: Path | None = None,
     recipe: str = "agent_sft_distributed",
     small: Sequence[str] = SMALL,
 ) -> Left:
-    """Run `size` ranks that write to `folder`; once one has failed the others are killed, as torchrun would.
-
-    `config` has a model of its own; without it the model is a very small one. `small` makes the rest small.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    env |= {"RECORDS": str(folder / "records"), "RECIPE": recipe, **({"KILL": kill} if kill else {})}
-    arguments = ["--config", str(config or CONFIG), f"output_dir={folder / 'out'}", *small]
-    arguments += [*(() if config else SMALL_MODEL), *overrides]
-    log = folder / f"log_{len(list(folder.glob('log_*')))}.txt"
-    ranks = [
-        _CONTEXT.Process(
-            target=_forked, args=(arguments, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log))
-        )
-        for rank in range(size)
-    ]
-    for rank in ranks:
-        rank.start()
-    deadline = time.monotonic() + limit
-    while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
-        if any(rank.exitcode for rank in ranks):
-            deadline = min(deadline, time.monotonic() + 3)  # the others may still have something to say
-        ranks[0].join(0.02)
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    return Left(folder, [rank.exitcode or 0 for rank in ranks], log.read_text(errors="replace"))
+    """Run `size` ranks that write to `folder`, to their end (see `Started`)."""
+    env = {**(env or {}), "RECIPE": recipe, **({"KILL": kill} if kill else {})}
+    return Started(folder, *overrides, size=size, env=env, config=config, small=small).finish(limit)
 
 
 def _forked(arguments: list[str], env: dict[str, str], log: str) -> None:
-    os.environ.pop("KILL", None)
+    for name in ("KILL", "SPOIL"):
+        os.environ.pop(name, None)
     os.environ.update(env)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

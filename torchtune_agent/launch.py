@@ -55,7 +55,7 @@ def launch(run_workers: Callable[[], None], args: Namespace) -> None:
 def _give_time_to_save(args: Namespace) -> None:
     """torchrun hands a signal on to the workers and kills them some time later. It does not hear SIGUSR1, and a second
     signal would interrupt its waiting and leave workers behind."""
-    if getattr(args, "shutdown_timeout", None) is None and "TORCHELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+    if getattr(args, "shutdown_timeout", None) is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         args.shutdown_timeout = _SAVE_SECONDS
     ours = {number.name for number in STOP_SIGNALS}
     args.signals_to_handle = ",".join(name for name in args.signals_to_handle.split(",") if name not in ours)

@@ -162,3 +162,11 @@ def test_weights_for_users_are_not_among_the_checkpoints(whole: Left) -> None:
     assert len(load_file(whole.out / "model" / "epoch_1" / "model.safetensors")) > 5
     assert not list((whole.out / "checkpoints").rglob("*.safetensors"))
     assert (whole.out / "checkpoints" / "latest").read_text() == "step_12\n"
+
+
+def test_one_rank_that_is_told_to_stop_before_its_first_step_stops_all(tmp_path: Path) -> None:
+    for rank in (0, 1):  # the first keeps the store through which the others learn of it
+        run = launch(tmp_path / str(rank), kill=f"loading:0:{rank}:SIGUSR1")
+        assert run.codes == [75, 75], run.output
+        assert "before the first step; nothing was lost (exit code 75)" in run.output
+        assert "Traceback" not in run.output and "error: " not in run.output

@@ -121,10 +121,11 @@ def run_recipe(
 
 def _say_why(error: BaseException, request: StopRequest, watch: Watch) -> int:
     """What a process does before it ends alone. Returns its exit code."""
-    if isinstance(error, Stopped) or request.ends_start:
-        watch.end("stopped")
+    if isinstance(error, Stopped) or request.ends_start or watch.others_stop:
+        watch.stop_alone()
         if watch.claims_saying():
-            _print(f"\nstopped by {request.by} before the first step; nothing was lost (exit code {EXIT_STOPPED})")
+            by = request.by or "another rank"
+            _print(f"\nstopped by {by} before the first step; nothing was lost (exit code {EXIT_STOPPED})")
         return EXIT_STOPPED
     if isinstance(error, KeyboardInterrupt):
         watch.end("failed")

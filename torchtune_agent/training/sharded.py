@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -100,8 +101,8 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessG
         save_state_dict(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group)
     except CheckpointException as error:  # not an Exception
         cause = next(failure for failure, _ in error.failures.values())
-        if _is_of_disk(cause):
-            raise SaveFailed(_reason(cause)) from error
+        if (reason := disk_problem(cause)) is not None:
+            raise SaveFailed(reason) from error
         raise RuntimeError(f"saving failed: {error}") from error
 
 
@@ -144,11 +145,13 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         return len(self._stored)
 
 
-def _is_of_disk(error: BaseException) -> bool:
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
-
-
-def _reason(error: BaseException) -> str:
+def disk_problem(error: BaseException) -> str | None:
+    """What the disk refused, where that is why writing failed; None where something else is wrong."""
+    text = str(error)
     if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return "the disk took only part of a file; it is full, or fails"
+        return error.strerror or text
+    if isinstance(error, SafetensorError) and "I/O error: " in text:
+        return text.partition("I/O error: ")[2]
+    if "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return "the disk took only part of a file; it is full, or fails"
+    return None

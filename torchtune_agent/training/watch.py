@@ -41,7 +41,7 @@ class Peer:
     rank: int
     step: int
     line: str
-    state: str  # training, waiting, failed, ended
+    state: str  # training, waiting, failed, ended, stopped (before its first step, and alone)
     pid: int
     machine: str
     beat: int
@@ -50,7 +50,7 @@ class Peer:
     @property
     def is_dead(self) -> bool:
         """Only a process on this machine can be known to be."""
-        if self.machine != _machine() or self.state in ("failed", "ended"):
+        if self.machine != _machine() or self.state in ("failed", "ended", "stopped"):
             return False
         try:
             os.kill(self.pid, 0)
@@ -105,6 +105,20 @@ class Watch:
         self._state = "failed" if state == "failed" else "ended"
         self.note.write(state=state)
         self._try_to_publish()
+
+    def stop_alone(self) -> None:
+        """This rank was asked to stop before its first step. The others may not have been: they are told, and are
+        given the time to hear it before they lose this one."""
+        self._state = "stopped"
+        self.note.write(state="stopped")
+        self._try_to_publish()
+        if self._board is not None:
+            self._find(lambda peer: peer.state == "training" and not peer.is_dead)
+
+    @property
+    def others_stop(self) -> bool:
+        """Whether another rank was asked to stop before its first step, from which everything else now follows."""
+        return any(peer.state == "stopped" for peer in self._peers.values())
 
     def claims_saying(self) -> bool:
         """Whether this rank is to say why the run ends: true for one rank of all."""
@@ -213,6 +227,8 @@ class Watch:
                     self._look()
             except RuntimeError:
                 self._store_is_gone = True
+            if self.others_stop:
+                self._request.ask("another rank")
             if any(peer.state == "failed" or peer.is_dead for peer in self._peers.values()):
                 trouble = trouble or time.monotonic()
                 if time.monotonic() - trouble > _PATIENCE:

@@ -24,6 +24,7 @@ from torchtune_agent.models.checkpointer import HFCheckpointer
 from torchtune_agent.training.card import Trained, adapter_card, model_card
 from torchtune_agent.training.parameters import ParameterSetup
 from torchtune_agent.training.scratch import ScratchCheckpointer
+from torchtune_agent.training.sharded import disk_problem
 
 ADAPTERS = "lora_weights"
 
@@ -100,10 +101,12 @@ class UserWeights:
                 self._checkpointer.save_checkpoint(
                     {training.MODEL_KEY: finished}, epoch=epoch, intermediate_checkpoint=False
                 )
-            except OSError as error:
+            except Exception as error:  # checkpointers write in several ways, and each says in its own that it cannot
+                if (reason := disk_problem(error)) is None:
+                    raise
                 raise UserError(
                     f"checkpointer.output_dir={self.folder}: the weights {name} cannot be written: "
-                    f"{error.strerror or error}. Make room or name another folder, and go on with "
+                    f"{reason}. Make room or name another folder, and go on with "
                     "resume_from_checkpoint=auto."
                 ) from error
 

@@ -7,12 +7,14 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -214,6 +216,19 @@ def test_what_is_best_depends_on_the_metric(tmp_path: Path, world: World) -> Non
     assert [step for step in range(1, 8) if every.is_due(step, None)] == [3, 6]
 
 
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """A disk that takes only part of a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_save_that_fails_stops_the_run_and_leaves_the_one_before(
     tmp_path: Path, world: World, background: bool
@@ -221,16 +236,10 @@ def test_a_save_that_fails_stops_the_run_and_leaves_the_one_before(
     saver = Saver(settings(tmp_path, enable_async_checkpointing=background), world)
     saver.save(lambda: Snapshot({"a": torch.arange(1000.0)}, {"run.pt": b"1"}), manifest(1))
     saver.wait()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a disk that takes only part of a file
-    try:
+    with small_disk():
         with pytest.raises(UserError, match="step_2: the checkpoint cannot be saved: .*step 1 is untouched.*=auto"):
             saver.save(lambda: Snapshot({"a": torch.arange(1000.0)}, {"run.pt": b"1"}), manifest(2))
             saver.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["latest", "step_1"]
     found = find(settings(tmp_path), world, print)
     assert found is not None and found.manifest.step == 1
@@ -294,6 +303,16 @@ def test_tensors_that_were_made_malicious_are_refused(tmp_path: Path, world: Wor
         sharded.load(tmp_path, {"a": torch.zeros(4)}, group)
     assert not (tmp_path / "canary").exists()
     dist.destroy_process_group(group)
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_each_way_to_write_weights_says_that_the_disk_refuses(tmp_path: Path, write: Any) -> None:
+    with small_disk(), pytest.raises(Exception) as failed:
+        write({"a": torch.arange(1000.0)}, tmp_path / "weights")
+    assert "File too large" in str(problem := sharded.disk_problem(failed.value)) or "only part of a file" in str(
+        problem
+    )
+    assert sharded.disk_problem(RuntimeError("a mistake")) is None
 
 
 def test_a_disk_that_refuses_is_told_from_a_mistake_in_the_program(tmp_path: Path, world: World) -> None:
