@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_adapters.py [--quick] [--tokens N] [--rounds N] [--threads N] [--json PATH]
 
 The same decoder (Qwen2's kind, random weights) with adapters of rank 16 on all linears of all layers, and the same
-tokens, 30 % of them trained. A step is forward, backward, and plain gradient descent on the adapters. They take turns in
-one process; the memory is that of a fresh process each, from before there is a model to the fullest moment of its second
-step. QLoRA of torchtune alone: peft's needs a GPU. Ends with a non-zero status where ours is slower or larger.
+tokens, 30 % of them trained. A step is forward, backward, and plain gradient descent on the adapters. They take turns
+in one process; the memory is that of a fresh process each, from before there is a model to the fullest moment of its
+second step. QLoRA of torchtune alone: peft's needs a GPU. Ends with a non-zero status where ours is slower or larger.
 """
 
 import argparse
