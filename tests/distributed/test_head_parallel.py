@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.reference import IGNORE_INDEX, logit_statistics  # noqa: E402
+from torchtune_agent.config import trust  # noqa: E402
 from torchtune_agent.data import Collator  # noqa: E402
 from torchtune_agent.distributed import World, make_mesh, process_group  # noqa: E402
 from torchtune_agent.losses import CrossEntropy, LossOutput, token_logprobs  # noqa: E402
@@ -228,4 +229,5 @@ def test_loss_and_gradients_are_those_of_one_process(results, name):
 
 
 if __name__ == "__main__":
+    trust(["__main__"])  # where the plan of sequence parallelism is
     main()

@@ -38,8 +38,16 @@ def planned(cfg: DictConfig, capsys: pytest.CaptureFixture[str]) -> tuple[str, d
     return text, {name: float(value) for name, value in found}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", PUBLISHED)
+# Quantizing takes a while even without numbers: of large models, one is enough.
+MADE = [
+    (model, kind)
+    for model, sizes in PUBLISHED.items()
+    for kind in KINDS
+    if kind != "QLoRA" or sizes.num_parameters < 5e9 or model == "Qwen3-14B"
+]
+
+
+@pytest.mark.parametrize(("model", "kind"), MADE)
 def test_every_published_model_can_be_made_from_our_configs(model: str, kind: str, tmp_path: Path) -> None:
     cfg = config(tmp_path, model, kind)
     made = parameter_setup(cfg).build(cfg, Settings.from_config(cfg, for_this_machine=False))
@@ -75,7 +83,7 @@ def test_a_plan_of_each_kind(model: str, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_what_does_not_fit_is_told_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cfg = config(tmp_path, "Qwen2.5-7B", "full", plan={"num_gpus": 2, "sequence": 512, "gpu": "A10G"})
+    cfg = config(tmp_path, "Llama-3.2-3B", "full", plan={"num_gpus": 1, "sequence": 512, "gpu": "A10G"})
     text, _ = planned(cfg, capsys)
     assert "DOES NOT FIT" in text
     remedies = dict(re.findall(r"^ +[\d.]+   (fits|not enough) +(.+)$", text, re.M)[::-1])
@@ -87,7 +95,7 @@ def test_what_does_not_fit_is_told_what_to_change(tmp_path: Path, capsys: pytest
     ("plan", "message"),
     [
         ({"gpu": "H1000"}, "plan.gpu=H1000: not a GPU whose size is known. Did you mean 'H100'"),
-        ({"gpus": 8}, "plan.gpus: unknown key"),
+        ({"gpus": 8}, "plan.gpus: unknown config key"),
         ({"num_gpus": 0}, "plan.num_gpus=0"),
     ],
 )
