@@ -229,7 +229,8 @@ class Experiment:
                 file = self._data / f"{phase.name}_{kind}.jsonl"
                 overrides += [f"{at}._component_=torchtune_agent.data.AgentSFTDataset", f"{at}.data_files={file}"]
         if name == "finetune":
-            overrides.append(f"save_every_n_steps={first_steps}")
+            # The others go on from this one, and later phases must not push it out
+            overrides += [f"save_every_n_steps={first_steps}", "keep_last_n_checkpoints=100"]
         elif name != "ssis":
             self.strategy("finetune")
             kept = self._folder / "finetune" / "checkpoints" / f"step_{first_steps}"
