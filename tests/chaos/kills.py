@@ -21,8 +21,8 @@ _OF_SAVING = {  # phase: the ranks that have it
 }
 _IN_BACKGROUND = "enable_async_checkpointing=True"
 _NUM_RANDOM = 100
-# Long enough for a hundred kills, each a few steps after the run has gone on
-_SOAK = (*TWENTY, "dataset.num_tasks=600", "save_every_n_steps=2", "run_val_every_n_steps=50")
+# Two hundred steps: long enough for a hundred kills, each a step or three after the run has gone on
+_SOAK = (*TWENTY, "dataset.num_tasks=400", "save_every_n_steps=1", "run_val_every_n_steps=50")
 
 
 def jobs(place: Place) -> list[Job]:
@@ -104,7 +104,7 @@ def _wait_a_while(started: Started, rng: random.Random) -> None:
     def num_begun() -> int:
         return records.read_bytes().count(b"\n") if records.exists() else 0
 
-    until, deadline = num_begun() + rng.randint(1, 4), time.monotonic() + 60
+    until, deadline = num_begun() + rng.randint(1, 3), time.monotonic() + 60
     while started.is_running and num_begun() < until and time.monotonic() < deadline:
         time.sleep(0.003)
     time.sleep(rng.uniform(0, 0.06))
