@@ -176,16 +176,18 @@ class Recorded:
 
 
 class RecordedStateful(Recorded):
-    """One of a source that changes as the run goes on, and has numbers to log."""
+    """One of a source that changes as the run goes on, and may have numbers to log."""
+
+    def __init__(self, source: Any, path: Path, killer: Killer) -> None:
+        super().__init__(source, path, killer)
+        if hasattr(source, "facts"):
+            self.facts = source.facts
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._source.load_state_dict(state)
-
-    def facts(self) -> dict[str, float]:
-        return self._source.facts()
 
 
 def digest(values: Any) -> str:
