@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.modules import TransformerDecoder
@@ -142,7 +142,7 @@ def put(model: TransformerDecoder, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, p in trained(model):
             if isinstance(p, DTensor):
-                p.copy_(torch.distributed.tensor.distribute_tensor(weights[name], p.device_mesh, p.placements))
+                p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))
             else:  # of a process that is alone
                 p.copy_(weights[name])
 
