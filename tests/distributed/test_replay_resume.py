@@ -2,12 +2,16 @@
 and forgetting included."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training_runs import ROOT, Left, digest, launch
+from tests.training_runs import ROOT, Left, Started, digest, launch
+from torchtune_agent.metrics import read_rows
 from torchtune_agent.toolworld import ToolWorld
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -74,6 +78,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert any("replay_loss_old_tools" in row for row in replayed)
 
 
+STREAM = ROOT / "configs/tiny/agent_stream.yaml"
 LIVE = (
     "model.num_layers=1",
     "model.embed_dim=32",
@@ -99,10 +104,9 @@ def test_arrivals_are_trained_once_however_the_run_is_broken_off_and_shared_out(
     (inbox / "a.jsonl").write_text("\n".join([*records[:12], "not json", *records[12:]]) + "\n")
 
     def live(name: str, *overrides: str, size: int = 1, kill: str | None = None) -> Left:
-        config = ROOT / "configs/tiny/agent_stream.yaml"
         options = (f"arrivals.path={inbox}", *overrides)
         recipe = "agent_replay_distributed"
-        return launch(tmp_path / name, *options, size=size, kill=kill, recipe=recipe, config=config, small=LIVE)
+        return launch(tmp_path / name, *options, size=size, kill=kill, recipe=recipe, config=STREAM, small=LIVE)
 
     whole = live("whole")
     assert whole.codes == [0], whole.output
@@ -125,3 +129,28 @@ def test_arrivals_are_trained_once_however_the_run_is_broken_off_and_shared_out(
         torch.load(run.out / f"checkpoints/step_{run.saved[0]}/run.pt")["parts"]["data"] for run in (whole, resumed)
     ]
     assert digest(kept[0]) == digest(kept[1])
+
+
+def test_a_run_that_waits_for_records_saves_and_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    inbox, folder = tmp_path / "inbox.jsonl", tmp_path / "run"
+    records = [json.dumps(record) + "\n" for record in ToolWorld(20).conversations("train", 12)]
+    inbox.write_text("".join(records[:8]))
+    options = (f"arrivals.path={inbox}", "batch_size=2", "run_val_every_n_steps=null")
+    recipe = {"RECIPE": "agent_replay_distributed"}
+    waiting = Started(folder, *options, "arrivals.idle_seconds=600", env=recipe, config=STREAM, small=LIVE)
+    metrics, deadline = folder / "out/logs/metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and any(row.get("stream_samples") == 8 for row in read_rows(metrics))):
+        assert waiting.is_running and time.monotonic() < deadline, waiting.finish(0).output
+        time.sleep(0.1)
+    time.sleep(1)  # the step that has logged is over, and no other begins
+    pid = waiting.ranks[1].pid
+    assert pid is not None and waiting.is_running
+    os.kill(pid, signal.SIGTERM)
+    asked = waiting.finish(60)
+    assert asked.codes == [75, 75], asked.output
+    with inbox.open("a") as file:
+        file.writelines(records[8:])
+    resumed = launch(folder, *options, recipe=recipe["RECIPE"], config=STREAM, small=LIVE)
+    assert resumed.codes == [0, 0], resumed.output
+    trained = {sample for samples in resumed.samples.values() for sample in samples}
+    assert len(trained) == 12

@@ -26,7 +26,7 @@ from torchtune_agent.data.quarantine import DataReport, write_quarantine
 from torchtune_agent.data.reasons import BadRecord
 from torchtune_agent.distributed import on_main
 
-_SLICE = 20.0  # seconds that other ranks wait for rank 0 at a time, well below any timeout
+_SLICE = 2.0  # seconds between two looks at whether the run is asked to stop
 
 Sample = Mapping[str, Any]
 
@@ -45,6 +45,7 @@ class LiveSource:
         idle_seconds: the run ends when none has come for so long.
         seed: of what is drawn.
         work: see stream.StepWork.
+        is_asked_to_stop: whether any rank is; all call it together. Nobody waits for records then.
         quarantine: the file for records that cannot be trained on.
         importance: of new samples; `ssis` needs it.
     """
@@ -63,6 +64,7 @@ class LiveSource:
         idle_seconds: float,
         seed: int,
         work: StepWork,
+        is_asked_to_stop: Callable[[], bool],
         quarantine: Path,
         importance: Callable[[Sequence[Sample]], Sequence[float]] | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class LiveSource:
         self._ratio, self._max_steps = replay_ratio, max_steps
         self._patience, self._idle, self._seed = patience_seconds, idle_seconds, seed
         self._work, self._quarantine, self._importance = work, quarantine, importance
+        self._is_asked_to_stop = is_asked_to_stop
         self._report = DataReport()
         self._num_steps = self._num_rows = self._num_new = 0
         self._owed = Fraction(0)  # of a replayed row
@@ -127,8 +130,8 @@ class LiveSource:
         return Pick(drawn.samples[0], float(drawn.weights[0]), age, int(drawn.slots[0]), number)
 
     def _arrived(self, wanted: int) -> list[Sample]:
-        """Samples of records as they come: as many as are wanted, fewer when no more have come for a while, none when
-        the stream has ended."""
+        """Samples of records as they come: as many as are wanted, fewer when no more have come for a while or the run
+        is to stop, none when the stream has ended."""
         samples, last = self._waiting, time.monotonic()
         while len(samples) < wanted:
             limit = self._patience if samples else self._idle
@@ -139,7 +142,7 @@ class LiveSource:
                 samples = [*samples, *self._encoded(arrival)]
                 self._position = arrival.position
             last = time.monotonic() if arrivals else last
-            if is_over and not arrivals:
+            if not arrivals and (is_over or self._is_asked_to_stop()):
                 break
         return samples
 

@@ -85,6 +85,7 @@ class Live:
             idle_seconds=arrivals.idle_seconds,
             seed=seed,
             work=self,
+            is_asked_to_stop=lambda: world.any(run.is_asked_to_stop()),
             quarantine=run.settings.output_dir / "logs" / "quarantine_arrivals.jsonl",
             importance=None if scored is None else importance,
         )

@@ -68,6 +68,9 @@ _FREE = (
     "coreset.only_select",
     "coreset.score_batch_size",
     "coreset.batches_per_part",
+    "arrivals.ahead",
+    "arrivals.idle_seconds",
+    "arrivals.poll_seconds",
 )
 _STEP = ("batch_size", "gradient_accumulation_steps")  # with the number of ranks they make a step; only that counts
 _INDEX = re.compile(r"\[\d+\]")

@@ -46,6 +46,7 @@ class Run:
     settings: Settings
     world: World
     say: Callable[[str], None]  # prints a line, on rank 0 only
+    is_asked_to_stop: Callable[[], bool]  # this rank, so far
 
 
 class NothingToTrain(Exception):
@@ -200,7 +201,7 @@ def _run(
     say(f"torchtune_agent {__version__}: {name} on {size} x {device.type}, {settings.dtype}, seed {seed}")
     # What is logged, and compared when the run is resumed, stays as the user gave it.
     built = on_main(lambda: with_new_tokens(cfg, settings.tool_call_special_tokens, settings.output_dir))
-    parts = together(lambda: build(Run(built, settings, world, say)))
+    parts = together(lambda: build(Run(built, settings, world, say, lambda: request.by is not None)))
     if cfg.get("adapter") is not None and isinstance(parts.parameters, FullParameters):
         raise UserError(f"adapter: {name} trains all weights, and no adapter. Take the section out: ~adapter")
     say(f"model         {_size_of(parts.model)}")

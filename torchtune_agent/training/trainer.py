@@ -191,7 +191,8 @@ class Trainer:
         self.throughput.pause(time.perf_counter() - started)
 
     def _end_epoch(self, epoch: int) -> None:
-        """A run that is stopped here has its epoch's end before it."""
+        """A run that is stopped here has its epoch's end before it. A source that waits for data ends when it is."""
+        self.asked_to_stop = self.asked_to_stop or self.world.any(self.request.by is not None)
         validated = None if self.asked_to_stop else self._evaluate()
         if self.asked_to_stop:
             self._stop()
