@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # One file stays in one worker, so that its module fixtures (a built wheel, a trained checkpoint) are made once.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help quickstart test lint bench chaos experiment-coreset experiment-continual clean
+.PHONY: help quickstart test lint bench chaos experiment-coreset experiment-continual experiment-streaming clean
 
 help:
 	@echo "make quickstart   train a tiny agent on two processes, on a CPU, with nothing downloaded but packages"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench        every benchmark, in its quick form"
 	@echo "make experiment-coreset   which selection of data is worth what: a quarter of an hour"
 	@echo "make experiment-continual   old tools, then new ones, by strategy (about 40 minutes on one thread)"
+	@echo "make experiment-streaming   records as they arrive against all at once (20 minutes on one thread)"
 	@echo "make chaos        every fault that a run must survive, tried for real: half an hour"
 	@echo "make clean        remove caches and build leftovers"
 
@@ -43,6 +44,9 @@ experiment-coreset: $(INSTALLED)
 
 experiment-continual: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/experiments/continual.py
+
+experiment-streaming: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/experiments/streaming.py
 
 # Some of it: make chaos CHAOS_ARGS="kills damage --seed 1"
 chaos: $(INSTALLED)

@@ -121,7 +121,7 @@ def write_data(stream: Stream, folder: Path) -> dict[str, int]:
     return num_tools
 
 
-def _dataset(key: str, *files: Path) -> list[str]:
+def dataset_at(key: str, *files: Path) -> list[str]:
     """Overrides that put files in the place of the config's data set under `key`."""
     names = ",".join(map(str, files))
     gone = [f"~{key}.{name}" for name in ("split", "num_tasks", "num_tools")]
@@ -199,7 +199,7 @@ class Experiment:
     def joint(self) -> dict[str, Any]:
         """Everything at once, every record as often as in the stream."""
         train, test = self._files("train"), self._files("test")
-        overrides = [*_dataset("dataset", *train), *_dataset("dataset_val", *test), f"epochs={EPOCHS}"]
+        overrides = [*dataset_at("dataset", *train), *dataset_at("dataset_val", *test), f"epochs={EPOCHS}"]
         return self._once(
             "joint", "agent_sft_distributed", "tiny/agent_sft", [*overrides, "run_val_every_n_steps=null"]
         )
