@@ -86,7 +86,7 @@ FIVE = Stream(
     tuple(Phase(f"tools_{i + 1}", 200, 200 * i, 400, 100) for i in range(5)),
     buffer_size=800,
     replay_ratio=0.23,
-    ewc_strength=100_000.0,
+    ewc_strength=100.0,
 )
 
 
