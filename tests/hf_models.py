@@ -29,6 +29,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
+EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 Made = tuple[Any, dict[str, Any]]
 CASES: dict[str, Made] = {
     "llama": (transformers.LlamaConfig, {"rope_parameters": LLAMA3}),
@@ -42,6 +43,11 @@ CASES: dict[str, Made] = {
     "qwen2 tied, yarn": (transformers.Qwen2Config, {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
     "qwen3 tied": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe tied, some layers plain": (
+        transformers.Qwen3MoeConfig,
+        {**EXPERTS, "tie_word_embeddings": True, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
     "smollm3": (transformers.SmolLM3Config, {}),
 }
 TOLERANCE = 1e-5

@@ -18,11 +18,16 @@ class Published:
     num_parameters: int
     tie_word_embeddings: bool = False
     head_dim: int | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    num_active: int | None = None  # of the parameters, where a token does not meet all
 
     def save(self, folder: Path) -> Path:
         """`folder`, with this model's config.json and nothing else."""
         values: dict[str, Any] = {key: value for key, value in vars(self).items() if value is not None}
-        del values["num_parameters"]
+        for ours in ("num_parameters", "num_active"):
+            values.pop(ours, None)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 4096}))
         return folder
@@ -42,6 +47,9 @@ PUBLISHED = {
     "Qwen3-8B": Published("qwen3", 151936, 4096, 12288, 36, 32, 8, 8_190_735_360, False, 128),
     "Qwen3-14B": Published("qwen3", 151936, 5120, 17408, 40, 40, 8, 14_768_307_200, False, 128),
     "Qwen3-32B": Published("qwen3", 151936, 5120, 25600, 64, 64, 8, 32_762_123_264, False, 128),
+    "Qwen3-30B-A3B": Published(
+        "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 30_532_122_624, False, 128, 128, 8, 768, 3_353_032_704
+    ),
     "Llama-3.2-1B": Published("llama", 128256, 2048, 8192, 16, 32, 8, 1_235_814_400, True),
     "Llama-3.2-3B": Published("llama", 128256, 3072, 8192, 28, 24, 8, 3_212_749_824, True),
     "Llama-3.1-8B": Published("llama", 128256, 4096, 14336, 32, 32, 8, 8_030_261_248),

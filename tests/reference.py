@@ -198,3 +198,30 @@ def call_blocks(text: str) -> list[tuple[int, int, TokenClass]]:
         for pattern, group, kind in patterns
         for match in re.finditer(pattern, text, re.DOTALL)
     ]
+
+
+def routed_feed_forward(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    gate: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    per_token: int,
+    normalized: bool,
+) -> tuple[torch.Tensor, list[int]]:
+    """A mixture of experts, token by token, and how many tokens each expert had; stacks are [experts, out, in]."""
+    num_tokens = [0] * len(router)
+    outputs = []
+    for token in x.reshape(-1, x.shape[-1]):
+        scores = torch.softmax(router @ token, 0)
+        best = sorted(range(len(router)), key=scores.tolist().__getitem__, reverse=True)[:per_token]
+        total = sum(scores[expert] for expert in best) if normalized else 1.0
+        output = torch.zeros_like(token)
+        for expert in best:
+            num_tokens[expert] += 1
+            gated = gate[expert] @ token
+            output = output + scores[expert] / total * (
+                down[expert] @ (gated * torch.sigmoid(gated) * (up[expert] @ token))
+            )
+        outputs.append(output)
+    return torch.stack(outputs).reshape(x.shape), num_tokens

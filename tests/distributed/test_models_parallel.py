@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {  # folder: its difference from tests.hf_mo
     "qwen2 tied": {"case": "qwen2 tied, yarn"},
     "qwen3": {"case": "qwen3"},
     "qwen3 tied": {"case": "qwen3 tied"},
+    "experts": {"case": "qwen3_moe", "num_experts": 25},  # of which a rank's few tokens leave some alone
+    "experts tied": {"case": "qwen3_moe tied, some layers plain"},
     "blocks": {"case": "qwen2", "hidden_size": 64, "intermediate_size": 128},  # where NF4 fits
 }
 TENSOR = {"tensor_parallel_dim": 2}
@@ -52,7 +54,11 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "tensor parallel, biases of queries, streamed": ("qwen2 tied", TENSOR, None),
     "tensor parallel, normed queries": ("qwen3", TENSOR, None),
     "tensor parallel, normed queries, tied, streamed": ("qwen3 tied", TENSOR, None),
+    "experts": ("experts", {}, None),
+    "experts, streamed, checkpointed": ("experts", {"enable_activation_checkpointing": True}, None),
+    "experts, tied, streamed": ("experts tied", {}, None),
     "lora": ("llama", {}, {}),
+    "lora beside experts, streamed": ("experts", {}, {}),
     "dora, streamed, checkpointed": ("qwen3", {"enable_activation_checkpointing": True}, {"kind": "dora"}),
     "qlora": ("blocks", {}, {"quantize_base": True}),
     "qlora, streamed": ("blocks", {}, {"quantize_base": True, "lora_plus_lr_ratio": 4.0}),

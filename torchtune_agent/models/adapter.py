@@ -25,7 +25,7 @@ class AdapterSettings:
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     quantize_base: bool = False  # keep the adapted linears' own weights in NF4
     # Last names (`q_proj`, or Hugging Face's `o_proj`), patterns of full names (`layers.1?.attn.*`), or all linears of
-    # all layers
+    # all layers, which experts and their routers are not
     targets: tuple[str, ...] = (ALL_LINEAR,)
     lora_plus_lr_ratio: float | None = None  # LoRA+: learning rate of the B matrices over that of the A matrices
     seed: int = 0  # of the A matrices' first values

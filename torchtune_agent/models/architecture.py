@@ -1,7 +1,7 @@
 """What a decoder is made of, read from the `config.json` of a Hugging Face checkpoint folder.
 
 One description serves every family: they differ in a handful of choices, not in code. What the description cannot say
-(a mixture of experts, norms in other places, a rope of another kind) is refused by name, never approximated.
+(experts that all tokens share, norms in other places, a rope of another kind) is refused by name, never approximated.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtune_agent.errors import UserError
+from torchtune_agent.models.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Family:
 
     interleaved_rope: bool  # torchtune's models of this family rotate neighbours, Hugging Face's halves of a head
     qk_norm: bool = False
+    experts: bool = False
     qkv_bias: bool = False  # always, whatever the config says
     reads_attention_bias: bool = False
     reads_mlp_bias: bool = False
@@ -33,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(interleaved_rope=True, window_is_optional=False, window=4096),
     "qwen2": Family(interleaved_rope=False, qkv_bias=True),
     "qwen3": Family(interleaved_rope=False, qk_norm=True, reads_attention_bias=True),
+    "qwen3_moe": Family(interleaved_rope=False, qk_norm=True, experts=True, reads_attention_bias=True),
     "smollm3": Family(
         interleaved_rope=False, reads_attention_bias=True, reads_mlp_bias=True, rope_theta=2_000_000.0, tied=True
     ),
@@ -69,6 +72,7 @@ class Architecture:
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
     tied: bool
+    experts: Experts | None = None
 
     @classmethod
     def from_folder(cls, model_dir: str | Path) -> "Architecture":
@@ -118,6 +122,7 @@ class Architecture:
             output_bias=bias,
             mlp_bias=family.reads_mlp_bias and bool(config.get("mlp_bias", False)),
             tied=bool(config.get("tie_word_embeddings", family.tied)),
+            experts=_experts(config, where, read, num_layers) if family.experts else None,
         )
 
 
@@ -132,6 +137,24 @@ class _Reader:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{self._where}: {key} is {value!r}, not a positive whole number.")
         return value
+
+
+def _experts(config: Mapping[str, Any], where: str, read: _Reader, num_layers: int) -> Experts:
+    """Every so many layers have experts, but for those that are named."""
+    number = read.count("num_experts", config.get("num_local_experts"))  # as `transformers` 4 and 5 call it
+    per_token, every = read.count("num_experts_per_tok"), read.count("decoder_sparse_step", 1)
+    if per_token > number:
+        raise UserError(f"{where}: num_experts_per_tok={per_token}: there are only {number} experts.")
+    plain = config.get("mlp_only_layers") or []
+    if not isinstance(plain, list) or not all(layer in range(num_layers) for layer in plain):
+        raise UserError(f"{where}: mlp_only_layers is {plain!r}, not a list of layers from 0 to {num_layers - 1}.")
+    return Experts(
+        number=number,
+        per_token=per_token,
+        intermediate_dim=read.count("moe_intermediate_size"),
+        normalized=bool(config.get("norm_topk_prob", False)),
+        layers=tuple(layer not in plain and (layer + 1) % every == 0 for layer in range(num_layers)),
+    )
 
 
 def _family(config: Mapping[str, Any], where: str) -> Family:

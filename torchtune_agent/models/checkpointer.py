@@ -142,12 +142,12 @@ def _shards(
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name in weights:
-        tensor = conversion.rows_to_hf(name, weights[name].detach().cpu()).contiguous()
-        if shard and size + tensor.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[conversion.to_hf(name)] = tensor
-        size += tensor.nbytes
+        for theirs, tensor in conversion.to_hf(name, weights[name].detach().cpu()):
+            if shard and size + tensor.nbytes > max_bytes:
+                yield shard
+                shard, size = {}, 0
+            shard[theirs] = tensor.contiguous()
+            size += tensor.nbytes
     yield shard
 
 

@@ -2,8 +2,11 @@
 
 Where torchtune's rope turns neighbouring dimensions, the rows of the query and key projections are in another order
 than Hugging Face's, whose rope turns the two halves of a head: weights, biases, and what adapters put in their place.
+Each expert's weights are on their own in Hugging Face's files; ours are one stack each for gate, down and up.
 """
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,10 +24,13 @@ _LAYER = {
     "mlp.gate_proj": "mlp.w1",
     "mlp.down_proj": "mlp.w2",
     "mlp.up_proj": "mlp.w3",
+    "mlp.gate": "mlp.router",
     "input_layernorm": "sa_norm",
     "post_attention_layernorm": "mlp_norm",
 }
 _TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.((?:gate|down|up)_proj)\.weight")
+_STACK = re.compile(r"layers\.(\d+)\.mlp\.experts\.(w[123])")
 _LAYER_BACK = {ours: theirs for theirs, ours in _LAYER.items()}
 _TOP_BACK = {ours: theirs for theirs, ours in _TOP.items()}
 
@@ -63,7 +69,10 @@ class Conversion:
         self._architecture = architecture
 
     def from_hf(self, name: str) -> str | None:
-        """Our name of a weight; None for what a checkpoint holds and a model does not need."""
+        """Our name of a weight, or of the stack that it is in; None for what a model does not need."""
+        expert, experts = _EXPERT.fullmatch(name), self._architecture.experts
+        if expert is not None and experts is not None and int(expert[2]) < experts.number:
+            return f"layers.{expert[1]}.mlp.experts.{last_name_from_hf(expert[3])}"
         module, _, kind = name.rpartition(".")
         if kind == "inv_freq" or (self._architecture.tied and name == "lm_head.weight"):
             return None
@@ -75,7 +84,23 @@ class Conversion:
             )
         return f"{ours}.{'scale' if ours.endswith('norm') else kind}"
 
-    def to_hf(self, name: str) -> str:
+    def experts_of(self, name: str) -> list[str] | None:
+        """Hugging Face's names of the weights in our stack `name`, in its order; None for what is no stack."""
+        stack = _STACK.fullmatch(name)
+        if stack is None or self._architecture.experts is None:
+            return None
+        before, last = f"model.layers.{stack[1]}.mlp", _LAYER_BACK[f"mlp.{stack[2]}"].removeprefix("mlp.")
+        return [f"{before}.experts.{n}.{last}.weight" for n in range(self._architecture.experts.number)]
+
+    def to_hf(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face's weights in our `name`; those of a stack share its memory."""
+        experts = self.experts_of(name)
+        if experts is None:
+            yield self.name_to_hf(name), self.rows_to_hf(name, tensor)
+        else:
+            yield from zip(experts, tensor.unbind(), strict=True)
+
+    def name_to_hf(self, name: str) -> str:
         module, _, kind = name.rpartition(".")
         theirs = module_to_hf(module)
         if theirs is None:

@@ -19,6 +19,7 @@ from torchtune.modules import (
 
 from torchtune_agent.errors import UserError
 from torchtune_agent.models.architecture import Architecture
+from torchtune_agent.models.experts import RoutedFeedForward
 from torchtune_agent.models.rope import RotaryEmbedding
 
 
@@ -43,11 +44,11 @@ def build_decoder(architecture: Architecture, max_seq_len: int | None = None) ->
     layers = nn.ModuleList(
         TransformerSelfAttentionLayer(
             attn=_attention(a, rope if has_rope else None, length),
-            mlp=_mlp(a),
+            mlp=_mlp(a, layer),
             sa_norm=RMSNorm(a.embed_dim, eps=a.norm_eps),
             mlp_norm=RMSNorm(a.embed_dim, eps=a.norm_eps),
         )
-        for has_rope in a.rope_layers
+        for layer, has_rope in enumerate(a.rope_layers)
     )
     embeddings = nn.Embedding(a.vocab_size, a.embed_dim)
     return TransformerDecoder(
@@ -80,7 +81,9 @@ def _attention(a: Architecture, rope: RotaryEmbedding | None, max_seq_len: int) 
     )
 
 
-def _mlp(a: Architecture) -> FeedForward:
+def _mlp(a: Architecture, layer: int) -> nn.Module:
+    if a.experts is not None and a.experts.layers[layer]:
+        return RoutedFeedForward(a.embed_dim, a.experts)
     return FeedForward(
         gate_proj=nn.Linear(a.embed_dim, a.intermediate_dim, bias=a.mlp_bias),
         down_proj=nn.Linear(a.intermediate_dim, a.embed_dim, bias=a.mlp_bias),

@@ -58,31 +58,50 @@ class HFWeights(Weights):
         self._conversion = conversion
         self._open: dict[str, Any] = {}
         self._places: dict[str, tuple[str, str]] = {}  # our name: (file, name in it)
+        self._stacks: dict[str, list[tuple[str, str]]] = {}  # the same of every expert in a stack
         self._replaced: dict[str, torch.Tensor] = {}
-        for theirs, file in files_by_name(folder).items():
+        files = files_by_name(folder)
+        for theirs, file in files.items():
             ours = conversion.from_hf(theirs)
             if ours is not None:
                 self._places[ours] = (file, theirs)
+        for ours in self._places:
+            experts = conversion.experts_of(ours)
+            if experts is not None:
+                self._stacks[ours] = self._stack(experts, files)
+
+    def _stack(self, experts: list[str], files: Mapping[str, str]) -> list[tuple[str, str]]:
+        missing = next((name for name in experts if name not in files), None)
+        if missing is not None:
+            raise UserError(f"model_dir: {self._folder} lacks {missing!r}. Download the checkpoint again.")
+        return [(files[name], name) for name in experts]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._replaced:
             return self._replaced[name]
-        file, theirs = self._places[name]
+        if name in self._stacks:
+            return torch.stack([self._tensor(*place) for place in self._stacks[name]])
+        return self._conversion.rows_from_hf(name, self._tensor(*self._places[name]))
+
+    def _tensor(self, file: str, theirs: str) -> torch.Tensor:
         try:
-            tensor = self._file(file).get_tensor(theirs)
+            return self._file(file).get_tensor(theirs)
         except SafetensorError as error:
             raise _broken(self._folder / file, error) from error
-        return self._conversion.rows_from_hf(name, tensor)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self._replaced:
             return tuple(self._replaced[name].shape)
         file, theirs = self._places[name]
-        return tuple(self._file(file).get_slice(theirs).get_shape())
+        shape = tuple(self._file(file).get_slice(theirs).get_shape())
+        return (len(self._stacks[name]), *shape) if name in self._stacks else shape
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name in self._replaced or self._conversion.reorders(name):
             return self[name][start:stop]
+        if name in self._stacks:
+            some = [self._tensor(*place) for place in self._stacks[name][start:stop]]
+            return torch.stack(some) if some else torch.empty(0, *self.shape(name)[1:])
         file, theirs = self._places[name]
         try:
             return self._file(file).get_slice(theirs)[start:stop]
@@ -96,6 +115,7 @@ class HFWeights(Weights):
         if name not in self:
             raise KeyError(name)
         self._places.pop(name, None)
+        self._stacks.pop(name, None)
         self._replaced.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """How much memory a training step takes on one GPU, found without weights: the step is run on tensors without content.
 
 Everything that the forward and the backward pass make, the loss head included, is the code that trains, run under
-torch's FakeTensorMode, which knows shapes and lifetimes and computes nothing. Every further layer takes what the layer
-before it took, so two short models tell what a long one needs. What FSDP adds and what optimizers keep is reckoned.
+torch's FakeTensorMode, which knows shapes and lifetimes and computes nothing. Where all layers are alike, every further
+one takes what the one before it took, so two short models tell what a long one needs. What FSDP adds and what
+optimizers keep is reckoned.
 """
 
 import warnings
@@ -22,6 +23,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune_agent.config import instantiate
 from torchtune_agent.data.collate import Batch, Collator
 from torchtune_agent.losses import Objective
+from torchtune_agent.models.experts import RoutedFeedForward, idle_weights
 from torchtune_agent.training.parallel import checkpoint_activations
 from torchtune_agent.training.settings import Settings
 
@@ -60,6 +62,7 @@ class Sizes:
     """Bytes of a whole model's weights, and of the groups FSDP gathers."""
 
     num_parameters: int
+    num_active: int  # those that a token meets
     num_trained: int
     weights: int
     trained: int
@@ -71,8 +74,10 @@ class Sizes:
     def of(cls, model: TransformerDecoder) -> "Sizes":
         layers = list(model.layers)
         every, trained = _bytes(model), _bytes(model, only_trained=True)
+        num_parameters = sum(p.numel() for p in model.parameters())
         return cls(
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_parameters=num_parameters,
+            num_active=num_parameters - sum(number for _, number in idle_weights(model)),
             num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
             weights=every,
             trained=trained,
@@ -131,8 +136,10 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
 def activations(build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float) -> float:
     """Bytes of everything that lives for a part of a step; what memory_of calls activations."""
     unit = settings.ac_option or 1 if settings.ac_mode == "selective" else 1
-    num_layers = len(build().layers)
-    if num_layers <= 3 * unit:
+    layers = list(build().layers)
+    num_layers = len(layers)
+    alike = len({tuple(p.shape for p in layer.parameters()) for layer in layers}) == 1
+    if num_layers <= 3 * unit or not alike:
         return _peak(build, objective, settings, sequence, share_trained, num_layers)
     short, longer = (_peak(build, objective, settings, sequence, share_trained, n * unit) for n in (2, 3))
     return short + (longer - short) * (num_layers / unit - 2)
@@ -155,6 +162,8 @@ def _peak(
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()  # pyright: ignore
+            if isinstance(module, RoutedFeedForward):
+                module.assume_balance = True
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients are reckoned
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

@@ -114,7 +114,10 @@ def _plan(cfg: DictConfig) -> Iterator[str]:
     sizes = Sizes.of(parameter_setup(cfg).build(cfg, settings))
     yield f"torchtune_agent {__version__}: agent_plan, {options.num_gpus} x {options.gpu}, {settings.dtype}"
     share = sizes.num_trained / sizes.num_parameters
-    yield f"model         {sizes.num_parameters:,} parameters, {sizes.num_trained:,} trained ({share:.1%})"
+    active = f", {sizes.num_active:,} active for a token" if sizes.num_active < sizes.num_parameters else ""
+    yield f"model         {sizes.num_parameters:,} parameters{active}, {sizes.num_trained:,} trained ({share:.1%})"
+    if active and OmegaConf.select(cfg, "adapter.quantize_base"):
+        yield "              adapter.quantize_base leaves the experts as they are"
     data, reason = read_data(cfg, settings)
     sequence = options.sequence or (data.longest if data else cfg.tokenizer.get("max_seq_len"))
     if sequence is None:

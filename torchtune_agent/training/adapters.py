@@ -24,6 +24,7 @@ from torchtune_agent.models.adapter import ALL_LINEAR, AdapterSettings
 from torchtune_agent.models.adapter_weights import AdaptedWeights, merge_adapters
 from torchtune_agent.models.checkpointer import HFCheckpointer
 from torchtune_agent.models.conversion import last_name_from_hf
+from torchtune_agent.models.experts import idle_weights
 from torchtune_agent.models.peft_format import save_peft
 from torchtune_agent.training.parameters import FullParameters, ParameterSetup
 from torchtune_agent.training.settings import Settings
@@ -129,7 +130,9 @@ def add_adapters(model: TransformerDecoder, settings: AdapterSettings, num_shard
         known = sorted({name.rpartition(".")[2] for name in linears})
         raise UserError(
             f"adapter.targets: {', '.join(unmatched)}: the model has no such linear. Its linears are called "
-            f"{', '.join(known)}" + ("." if "output" in linears else " (its output is tied to the embedding).")
+            f"{', '.join(known)}"
+            + ("." if "output" in linears else " (its output is tied to the embedding).")
+            + (" Experts and their router are no linears: they stay frozen." if any(idle_weights(model)) else "")
         )
     if settings.quantize_base:
         check_blocks({name: linears[name].weight for name in names}, num_shards)

@@ -14,6 +14,7 @@ from torchtune.modules.peft import get_adapter_params
 
 from torchtune_agent.config import instantiate
 from torchtune_agent.errors import UserError
+from torchtune_agent.models.experts import idle_weights
 from torchtune_agent.training.settings import Settings
 
 
@@ -47,14 +48,23 @@ class FullParameters:
     def build(self, cfg: DictConfig, settings: Settings) -> TransformerDecoder:
         with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
             model: TransformerDecoder = instantiate(cfg.model, "model")
-        if isinstance(model, nn.Module) and get_adapter_params(model):
+        if isinstance(model, nn.Module):
+            self._check(model, settings)
+        if settings.freeze:
+            freeze(model, settings.freeze)
+        return model
+
+    def _check(self, model: nn.Module, settings: Settings) -> None:
+        if get_adapter_params(model):
             raise UserError(
                 "model: it has adapters, and the config says nothing of them. Add a section, for example "
                 "adapter.rank=8 adapter.alpha=16, with the numbers the model has."
             )
-        if settings.freeze:
-            freeze(model, settings.freeze)
-        return model
+        if settings.tensor_parallel_dim > 1 and any(idle_weights(model)):
+            raise UserError(
+                f"tensor_parallel_dim={settings.tensor_parallel_dim}: experts are not split by tensor parallelism. Set "
+                "tensor_parallel_dim=1; their weights are sharded over all ranks anyway."
+            )
 
     def groups(self, model: TransformerDecoder) -> Iterable[nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -26,6 +26,7 @@ from torchtune_agent import __version__, redaction
 from torchtune_agent.config import check_components, trust, trusted_packages
 from torchtune_agent.distributed import World, make_mesh, on_main, process_group, rank_from_environment, together
 from torchtune_agent.errors import UserError
+from torchtune_agent.models.experts import idle_weights
 from torchtune_agent.models.new_tokens import with_new_tokens
 from torchtune_agent.screen import shown
 from torchtune_agent.training.notes import Note
@@ -219,8 +220,11 @@ def _run(
 def _size_of(model: nn.Module) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    return f"{total:,} parameters" + (
-        f", {trained:,} of them trained ({trained / total:.1%})" if trained < total else ""
+    idle = sum(number for _, number in idle_weights(model))
+    return (
+        f"{total:,} parameters"
+        + (f", {total - idle:,} of them active for a token" if idle else "")
+        + (f", {trained:,} of them trained ({trained / total:.1%})" if trained < total else "")
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from torchtune_agent.distributed import World
+from torchtune_agent.models.experts import idle_weights
 from torchtune_agent.training.gpus import GPUS
 
 
@@ -21,12 +22,14 @@ def operations(model: TransformerDecoder, length: float) -> float:
     """Floating-point operations that training takes for each token of sequences of `length` tokens.
 
     Six for every weight that is multiplied, four where it is frozen; looking up an embedding is none, but tied ones are
-    multiplied at the output. Then attention: two products of queries, keys and values with the text before, half of
-    the pairs.
+    multiplied at the output, and of experts those that a token is sent to. Then attention: two products of queries,
+    keys and values with the text before, half of the pairs.
     """
     untied = model.output is not None and hasattr(model.output, "weight")
     looked_up = model.tok_embeddings.weight if untied else None
-    of_weights = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters() if p is not looked_up)
+    used = [(p, p.numel()) for p in model.parameters() if p is not looked_up]
+    used += [(stack, -number) for stack, number in idle_weights(model)]
+    of_weights = sum((6 if p.requires_grad else 4) * number for p, number in used)
     return of_weights + 12 * len(model.layers) * model.tok_embeddings.embedding_dim * length / 2
 
 

@@ -16,6 +16,7 @@ from tests.hf_models import CASES, SIZES, assert_same_logits, load_ours, save_ra
 from tests.published_models import PUBLISHED
 from torchtune_agent.errors import UserError
 from torchtune_agent.models import FAMILIES, Architecture, HFCheckpointer, hf_model
+from torchtune_agent.models.experts import idle_weights
 from torchtune_agent.toolworld import TOKENIZER_DIR
 
 
@@ -45,6 +46,9 @@ def test_same_logits_loaded_trained_and_saved(case: str, tmp_path: Path) -> None
     assert_same_logits(ours, again)
 
 
+EXPERTS = {"model_type": "qwen3_moe", **CASES["qwen3_moe"][1]}
+
+
 def description(**changes: Any) -> dict[str, Any]:
     """A config.json as folders of `transformers` 4 have it."""
     plain = {"model_type": "llama", "rope_theta": 500.0, **SIZES}
@@ -65,7 +69,10 @@ def test_older_and_newer_spellings_of_rope_mean_the_same() -> None:
     ("changes", "message"),
     [
         ({"model_type": "gemma3"}, "'gemma3' is not one hf_model can build; it builds llama, mistral, qwen2, qwen3"),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not one"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not one"),
+        ({**EXPERTS, "num_experts": None}, "num_experts is None"),
+        ({**EXPERTS, "num_experts_per_tok": 7}, "num_experts_per_tok=7: there are only 6 experts"),
+        ({**EXPERTS, "mlp_only_layers": [4]}, r"mlp_only_layers is \[4\], not a list of layers from 0 to 3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantized \(awq\)"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
@@ -181,4 +188,6 @@ def test_weights_with_adapters_are_not_a_folder_to_load(tmp_path: Path) -> None:
 def test_published_sizes_have_their_published_parameters(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = hf_model(str(PUBLISHED[name].save(tmp_path)))
-    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name].num_parameters
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == PUBLISHED[name].num_parameters
+    assert total - sum(idle for _, idle in idle_weights(model)) == (PUBLISHED[name].num_active or total)

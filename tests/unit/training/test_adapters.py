@@ -57,7 +57,7 @@ def ours_with(folder: Path, settings: AdapterSettings, adapter: dict[str, torch.
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["llama tied, linear, biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["llama tied, linear, biases", "qwen2", "qwen3", "qwen3_moe tied, some layers plain"])
 def test_same_as_peft_loaded_trained_merged_exported(case: str, kind: str, tmp_path: Path) -> None:
     base, adapter, saved = tmp_path / "base", tmp_path / "adapter", tmp_path / "saved"
     theirs = peft_model(save_random(base, *CASES[case]), adapter, **KINDS[kind])
