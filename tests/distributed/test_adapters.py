@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.hf_models import save_random
 from tests.training_runs import CONFIG, Left, launch
+from torchtune_agent.models.adapter import PARTS
 from torchtune_agent.toolworld import TOKENIZER_DIR
 from torchtune_agent.training import sharded
 
@@ -24,6 +25,7 @@ QDORA = (
     "adapter.rank=4",
     "adapter.dropout=0.1",
     "adapter.lora_plus_lr_ratio=4",
+    "adapter.modules_to_save=[embed_tokens]",
 )
 
 
@@ -44,8 +46,8 @@ def test_quantized_base_with_adapters_killed_and_resumed(tmp_path: Path) -> None
     run = launch(tmp_path / "killed", *QDORA, AUTO)
     assert run.codes == [0, 0], run.output
     assert run.digests == whole.digests and run.rows == whole.rows
-    names = saved_names(run)  # of the adapters, and nothing of the base
-    assert len(names) == 7 * 3 and all(name.endswith(("lora_a.weight", "lora_b.weight", "magnitude")) for name in names)
+    names = saved_names(run) - {"tok_embeddings.weight"}  # of the adapters, and nothing else of the base
+    assert len(saved_names(run)) == 7 * 3 + 1 and all(name.endswith(PARTS) for name in names)
 
 
 def test_one_rank_equals_two(tmp_path: Path) -> None:
@@ -82,23 +84,39 @@ def test_what_cannot_be_is_refused(tmp_path: Path, option: str, message: str) ->
     assert message in run.output
 
 
-def test_what_is_written_is_the_same_model_to_transformers_and_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ([], "base"),
+        (
+            ["adapter.modules_to_save=[embed_tokens]", "tool_call_special_tokens=['<plan>']"],
+            "run/out/model_with_new_tokens",
+        ),
+    ],
+    ids=["adapters", "and new tokens"],
+)
+def test_what_is_written_is_the_same_model_to_transformers_and_peft(
+    tmp_path: Path, options: list[str], start: str
+) -> None:
     base = tmp_path / "base"
     sizes = {"vocab_size": 2048, "hidden_size": 64, "max_position_embeddings": 1024, "tie_word_embeddings": True}
     save_random(base, transformers.Qwen2Config, sizes)
     shutil.copytree(TOKENIZER_DIR, base, dirs_exist_ok=True)
     config = yaml.safe_load(CONFIG.read_text())
+    config["model_dir"] = str(base)
     config["model"] = {"_component_": "torchtune_agent.models.hf_model", "model_dir": str(base)}
     config["checkpointer"]["_component_"] = "torchtune_agent.models.HFCheckpointer"
     config["checkpointer"]["model_dir"] = str(base)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    options = ("adapter.rank=4", "epochs=1", "optimizer.lr=0.01")
-    run = launch(tmp_path, *options, config=tmp_path / "config.yaml")
+    options = ["adapter.rank=4", "epochs=1", "optimizer.lr=0.01", *options]
+    run = launch(tmp_path / "run", *options, config=tmp_path / "config.yaml")
     assert run.codes == [0, 0], run.output
-    tokens = torch.randint(0, 2048, (2, 40), generator=torch.Generator().manual_seed(1))
     load = transformers.AutoModelForCausalLM.from_pretrained
+    before, after = load(tmp_path / start), load(run.out / "model" / "epoch_0")
+    rows = len(before.get_input_embeddings().weight)
+    assert rows == (2048 if start == "base" else 2112)
+    tokens = torch.randint(0, rows, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        merged = load(run.out / "model" / "epoch_0")(tokens).logits
-        adapted = peft.PeftModel.from_pretrained(load(base), str(run.out / "lora_weights" / "epoch_0"))(tokens).logits
-        assert (merged - load(base)(tokens).logits).abs().max() > 0.1  # it was trained
-    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
+        assert (after(tokens).logits - before(tokens).logits).abs().max() > 0.1  # it was trained
+        adapted = peft.PeftModel.from_pretrained(before, str(run.out / "lora_weights" / "epoch_0"))(tokens).logits
+        torch.testing.assert_close(after(tokens).logits, adapted, atol=1e-5, rtol=1e-5)

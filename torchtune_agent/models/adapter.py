@@ -1,13 +1,15 @@
 """What an adapter is: the settings that decide its modules, its scale, its learning rates."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from torchtune_agent.errors import UserError, did_you_mean
+from torchtune_agent.models.conversion import last_name_from_hf
 
 Kind = Literal["lora", "dora"]
 ALL_LINEAR = "all-linear"
@@ -27,6 +29,7 @@ class AdapterSettings:
     # Last names (`q_proj`, or Hugging Face's `o_proj`), patterns of full names (`layers.1?.attn.*`), or all linears of
     # all layers, which experts and their routers are not
     targets: tuple[str, ...] = (ALL_LINEAR,)
+    modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapters, named likewise: embed_tokens, lm_head
     lora_plus_lr_ratio: float | None = None  # LoRA+: learning rate of the B matrices over that of the A matrices
     seed: int = 0  # of the A matrices' first values
 
@@ -51,11 +54,24 @@ class AdapterSettings:
             if key not in known:
                 raise UserError(f"adapter.{key}: unknown key. {did_you_mean(str(key), known)}")
         values = dict(values)
-        if "targets" in values:
-            targets = values["targets"]
-            values["targets"] = (targets,) if isinstance(targets, str) else tuple(targets)
+        for key in {"targets", "modules_to_save"} & values.keys():
+            names = values[key] or ()
+            values[key] = (names,) if isinstance(names, str) else tuple(names)
         return cls(**values)
 
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def is_meant(module: str, patterns: Iterable[str]) -> bool:
+    """Whether one of `patterns`, as users write them, means the module of that name."""
+    return any(_matches(module, pattern) for pattern in patterns)
+
+
+def _matches(module: str, pattern: str) -> bool:
+    if pattern == ALL_LINEAR:
+        return module.startswith("layers.")
+    if "." in pattern:
+        return fnmatchcase(module, pattern)
+    return fnmatchcase(module.rpartition(".")[2], last_name_from_hf(pattern))

@@ -68,6 +68,11 @@ class Conversion:
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
 
+    @property
+    def ties_output(self) -> bool:
+        """Whether the output is the embedding, which then stands for both."""
+        return self._architecture.tied
+
     def from_hf(self, name: str) -> str | None:
         """Our name of a weight, or of the stack that it is in; None for what a model does not need."""
         expert, experts = _EXPERT.fullmatch(name), self._architecture.experts

@@ -5,8 +5,7 @@ meta device or off it, so a model needs no builder of its own, and torchtune's `
 """
 
 import os
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, s
 from torchtune_agent.config import instantiate
 from torchtune_agent.errors import UserError
 from torchtune_agent.models.adapted import adapted, check_blocks
-from torchtune_agent.models.adapter import ALL_LINEAR, AdapterSettings
+from torchtune_agent.models.adapter import PARTS, AdapterSettings, is_meant
 from torchtune_agent.models.adapter_weights import AdaptedWeights, merge_adapters
 from torchtune_agent.models.checkpointer import HFCheckpointer
-from torchtune_agent.models.conversion import last_name_from_hf
 from torchtune_agent.models.experts import idle_weights
 from torchtune_agent.models.peft_format import save_peft
 from torchtune_agent.training.parameters import FullParameters, ParameterSetup
@@ -31,7 +29,7 @@ from torchtune_agent.training.settings import Settings
 
 
 class AdapterParameters:
-    """A recipe's parameters: train adapters, freeze all else.
+    """A recipe's parameters: train adapters, and modules that are named; freeze all else.
 
     A model from one of torchtune's `lora_*` builders keeps the adapters it has.
     """
@@ -41,7 +39,7 @@ class AdapterParameters:
         self._learning_rate = 0.0
 
     def build(self, cfg: DictConfig, settings: Settings) -> TransformerDecoder:
-        """The model on the meta device, its adapters on it; only theirs `requires_grad`."""
+        """The model on the meta device, its adapters on it; `requires_grad` is true of theirs and `modules_to_save`."""
         self._check(cfg, settings)
         with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
             model = instantiate(cfg.model, "model")
@@ -52,6 +50,7 @@ class AdapterParameters:
                 set_trainable_params(model, adapter_parameters(model))
             else:
                 add_adapters(model, self.adapter, num_shards=int(os.environ.get("WORLD_SIZE", 1)))
+            train_whole(model, self.adapter.modules_to_save)
         return model
 
     def _check(self, cfg: DictConfig, settings: Settings) -> None:
@@ -124,8 +123,8 @@ def add_adapters(model: TransformerDecoder, settings: AdapterSettings, num_shard
     `num_shards` ranks will share each of them, which a quantized one must be able to bear.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    names = [name for name in linears if any(_matches(name, target) for target in settings.targets)]
-    unmatched = [t for t in settings.targets if not any(_matches(name, t) for name in names)]
+    names = [name for name in linears if is_meant(name, settings.targets)]
+    unmatched = [t for t in settings.targets if not any(is_meant(name, [t]) for name in names)]
     if unmatched:
         known = sorted({name.rpartition(".")[2] for name in linears})
         raise UserError(
@@ -143,12 +142,27 @@ def add_adapters(model: TransformerDecoder, settings: AdapterSettings, num_shard
     return names
 
 
-def _matches(name: str, target: str) -> bool:
-    if target == ALL_LINEAR:
-        return name.startswith("layers.")
-    if "." in target:
-        return fnmatchcase(name, target)
-    return fnmatchcase(name.rpartition(".")[2], last_name_from_hf(target))
+def train_whole(model: TransformerDecoder, patterns: Sequence[str]) -> None:
+    """Have the modules that `patterns` mean trained as they are, beside the adapters."""
+    adapters = get_adapter_params(model)
+    own = {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    for pattern in patterns:
+        names = [name for name in own if is_meant(name, [pattern])]
+        if not names:
+            tied = "" if "output" in own else " Its output is tied to the embedding: name embed_tokens for both."
+            raise UserError(f"adapter.modules_to_save: {pattern}: the model has no such module with weights.{tied}")
+        adapted_one = next((name for name in names if any(each.startswith(f"{name}.") for each in adapters)), None)
+        if adapted_one is not None:
+            raise UserError(
+                f"adapter.modules_to_save: {pattern}: {adapted_one} has an adapter. Take it out of adapter.targets."
+            )
+        for name in names:
+            for parameter in own[name].parameters(recurse=False):
+                parameter.requires_grad_(True)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -165,6 +179,6 @@ def lora_plus_groups(model: nn.Module, learning_rate: float, ratio: float = 16.0
     fast: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (fast if ".lora_b." in name or parameter.ndim == 1 else slow).append(parameter)
+            (fast if name.endswith(PARTS[1:]) else slow).append(parameter)
     rates = (learning_rate, learning_rate * ratio)
     return [{"params": p, "lr": rate, "initial_lr": rate} for p, rate in zip((slow, fast), rates, strict=True)]

@@ -100,6 +100,11 @@ def _merge(cfg: DictConfig, folder: Path, exporter: HFCheckpointer) -> Path:
     weights = HFWeights(base, Conversion(architecture))
     for module in settings.targets:
         _check_fits(module, adapter, settings, weights, f"export.adapter={folder}")
+    for name in (name for name in adapter if not name.endswith(PARTS)):
+        if name not in weights or weights.shape(name) != tuple(adapter[name].shape):
+            raise UserError(
+                f"export.adapter={folder}: its {name!r} is not as large as the base model's. Name its base."
+            )
     weights.update(adapter)
     print(shown(f"adapter       {folder}, {len(adapter)} tensors"), flush=True)
     name = f"{folder.resolve().name}_merged"

@@ -20,7 +20,13 @@ from torchtune_agent.models import Architecture, Conversion, HFWeights, hf_model
 from torchtune_agent.models.adapter import AdapterSettings
 from torchtune_agent.models.adapter_weights import AdaptedWeights, merge_adapters
 from torchtune_agent.models.peft_format import load_peft, save_peft
-from torchtune_agent.training.adapters import AdapterParameters, adapter_parameters, add_adapters, lora_plus_groups
+from torchtune_agent.training.adapters import (
+    AdapterParameters,
+    adapter_parameters,
+    add_adapters,
+    lora_plus_groups,
+    train_whole,
+)
 from torchtune_agent.training.settings import Settings
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -197,8 +203,48 @@ def test_adapters_on_some_layers_go_to_peft_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("case", "whole"),
+    [("llama tied, linear, biases", ["embed_tokens"]), ("qwen3", ["embed_tokens", "lm_head", "model.norm"])],
+)
+def test_modules_trained_whole_go_to_peft_and_back(case: str, whole: list[str], tmp_path: Path) -> None:
+    base, adapter, saved = tmp_path / "base", tmp_path / "adapter", tmp_path / "saved"
+    tied = "tied" in case
+    options: dict[str, Any] = {"modules_to_save": whole, "ensure_weight_tying": tied}
+    theirs = peft_model(save_random(base, *CASES[case]), adapter, **options)
+    architecture = Architecture.from_folder(base)
+    weights, settings = load_peft(adapter, architecture)
+    ours = ours_with(base, settings, weights)
+    train_whole(ours, settings.modules_to_save)
+    assert_same_logits(ours, theirs)
+
+    trained = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert len(trained) == len(adapter_parameters(ours)) + len(whole)
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    train(trained.values(), ours)
+    train([p for p in theirs.parameters() if p.requires_grad], lambda tokens: theirs(tokens).logits)
+    assert_same_logits(ours, theirs)
+    assert not any(torch.equal(before[name], parameter) for name, parameter in trained.items())
+
+    save_peft(ours.state_dict(), saved, settings, architecture, str(base))
+    again = peft.PeftModel.from_pretrained(save_random(tmp_path / "again", *CASES[case]), saved)
+    assert_same_logits(ours, again)
+    merged = fill(empty(base), merge_adapters(ours.state_dict(), settings))
+    assert_same_logits(merged, theirs)
+
+
+def test_modules_that_cannot_be_trained_whole_are_named(tmp_path: Path) -> None:
+    save_random(tmp_path, *CASES["qwen2 tied, yarn"])
+    model = empty(tmp_path)
+    add_adapters(model, AdapterSettings())
+    with pytest.raises(UserError, match="lm_head: the model has no such module.*name embed_tokens"):
+        train_whole(model, ["lm_head"])
+    with pytest.raises(UserError, match="layers.0.attn.q_proj has an adapter"):
+        train_whole(model, ["q_proj"])
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("bias", "all", "bias='all' is not supported"), ("modules_to_save", ["lm_head"], "modules_to_save")],
+    [("bias", "all", "bias='all' is not supported"), ("rank_pattern", {"q_proj": 2}, "rank_pattern")],
 )
 def test_what_peft_can_and_we_cannot_is_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
     base = save_random(tmp_path, *CASES["qwen2"])
