@@ -28,9 +28,9 @@ from that.
 
 Why the five phases fall short of `joint` at 30 % more steps: not by forgetting. Backward transfer is how much an
 earlier phase changed from its own end to the end of all, and with replay it is above 0. A phase of 400 records is over
-before its tools are learned (with `replay` 0.01, 0.14, 0.28 and 0.43 of calls are exact as each of the first four ends),
-and 0.23 of the rows are too few to go on learning them, where `joint` goes over all of them to the last. Half of the
-rows are enough.
+before its tools are learned (with `replay` 0.01, 0.14, 0.28 and 0.43 of calls are exact as each of the first four
+ends), and 0.23 of the rows are too few to go on learning them, where `joint` goes over all of them to the last. Half
+of the rows are enough.
 
 Elastic weights alone kept nothing there at any strength: 1,000 and more kept the model from learning new tools, 100 and
 less let the old ones go. They hold what a first phase has taught, and here that is next to nothing.
