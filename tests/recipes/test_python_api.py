@@ -174,6 +174,18 @@ def test_the_page_s_example_runs_as_pasted(folder: Path, capsys: pytest.CaptureF
     assert transformers.AutoModelForCausalLM.from_pretrained(folder / "my_agent")
 
 
+def test_a_quantized_base_is_trained_measured_and_saved(folder: Path) -> None:
+    trainer = made(**FAST, output_dir=folder / "quantized", load_in_4bit=True, use_dora=True)
+    result = trainer.train()
+    measured = trainer.evaluate("agent_sft:test")
+    trainer.save_model(folder / "saved_quantized")
+    assert_as_transformers_says(measured, folder / "saved_quantized", folder / "test.jsonl")
+    again = made(load_in_4bit=True)
+    again.load_model(folder / "saved_quantized")
+    assert again.evaluate("agent_sft:test").loss == pytest.approx(measured.loss, abs=1e-5)
+    assert result.adapter_dir is not None and (result.adapter_dir / "adapter_model.safetensors").exists()
+
+
 def test_methods_of_recipes_that_are_there_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"AgentSFTConfig": AgentSFTConfig}
     exec(METHODS, names)
