@@ -4,7 +4,8 @@
 
 Each case is planned for one device, and then trained for two steps in a process of its own: the real recipe, with
 weights from nowhere. Measured is the most memory the process held during the second step (VmHWM, set back as the step
-begins), less what it held before there was a model. What a plan adds for CUDA is left out on both sides.
+begins), less what it held before there was a model. What a plan adds for CUDA is left out on both sides. Ends with a
+non-zero status when the target is missed.
 """
 
 import argparse
@@ -39,6 +40,7 @@ CASES: dict[str, list[str]] = {
     "full": [],
     "full, activation checkpointing": ["enable_activation_checkpointing=True"],
     "full, optimizer in backward": ["optimizer_in_bwd=True", "clip_grad_norm=null"],
+    "full, two micro-batches": ["gradient_accumulation_steps=2"],
     "LoRA": ["adapter.rank=16"],
     "LoRA, activation checkpointing": ["adapter.rank=16", "enable_activation_checkpointing=True"],
     "QLoRA": ["adapter.rank=16", "adapter.quantize_base=True"],
@@ -80,7 +82,9 @@ def planned(cfg: DictConfig) -> float:
 def measured(config: Path) -> int:
     """The bytes that the second step of a run really took."""
     command = [sys.executable, __file__, "--child", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # What is freed is given back, and does not count again: the C library else keeps up to 900 MiB of it for later.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise SystemExit(done.stderr[-3000:])
     return int(done.stdout.splitlines()[-1])
@@ -143,7 +147,7 @@ def main() -> int:
     if options.json:
         versions = {"torch": torch.__version__, "machine": platform.machine()}
         options.json.write_text(json.dumps({**versions, "quick": options.quick, "cases": found}, indent=2) + "\n")
-    return 0
+    return int(worst > TOLERANCE)
 
 
 if __name__ == "__main__":

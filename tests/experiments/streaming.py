@@ -26,7 +26,7 @@ from tests.experiments.continual import EPOCHS, ROWS, TWO, dataset_at, train, ve
 OLD, NEW = (phase.name for phase in TWO.phases)
 RECORDS = {phase.name: phase.num_train for phase in TWO.phases}
 STEPS = EPOCHS * sum(RECORDS.values()) // ROWS
-WAYS = ("batch 100 %", "batch 50 %", "stream, reservoir", "stream, ssis", "stream, no replay")
+WAYS = ("batch 100 %", "batch 50 %", "stream, reservoir", "stream, prioritized", "stream, ssis", "stream, no replay")
 _MEASURED_EVERY = 25  # steps
 _SHARES = (0.5, 0.9)  # of what batch 100 % knows of the new tools
 
@@ -74,9 +74,11 @@ def run(way: str, seed: int, folder: Path, data: Path) -> dict[str, Any]:
         else:
             config, recipe = "tiny/agent_stream", "agent_replay_distributed"
             strategy = {"stream, no replay": "finetune", "stream, ssis": "ssis"}.get(way, "replay")
+            keeps = "prioritized" if way == "stream, prioritized" else "reservoir"
             overrides = [
                 f"arrivals={{path: {arrived}, max_steps: {STEPS}, patience_seconds: 1, idle_seconds: 3}}",
-                f"continual={{strategy: {strategy}, buffer_size: 1000, replay_ratio: {1 - 1 / EPOCHS:.6f}}}",
+                f"continual={{strategy: {strategy}, selection_strategy: {keeps}, buffer_size: 1000, "
+                f"replay_ratio: {1 - 1 / EPOCHS:.6f}}}",
             ]
         seconds = train(recipe, config, out, [*overrides, *common], seed)
         found = {"way": way, "seed": seed, "cpu_seconds": round(seconds, 1), "curve": curve(out)}
@@ -102,8 +104,8 @@ Made by `make experiment-streaming` (commit {commit}, torch {torch}, one process
 rate and its meaning of exact. `batch 100 %` waits until all are there and trains {epochs} epochs from scratch,
 `batch 50 %` does so with a random half. A stream (`agent_replay_distributed`, `tiny/agent_stream`) sees every record
 once, when it comes, and keeps 1,000: five of six rows are replayed, so that it trains as many rows as the whole batch.
-`reservoir` keeps all equally likely; `ssis`, the stream with a coreset, keeps and draws what its scores say is worth
-it; `no replay` trains every record once and keeps none. Values are means over {seeds} seeds, ± the standard deviation
+`reservoir` keeps all equally likely; `prioritized` draws what has a high loss; `ssis`, the stream with a coreset, keeps
+what its scores say is worth it; `no replay` trains every record once and keeps none. Values are means over {seeds} seeds, ± the standard deviation
 between them.
 
 | | records held | rows trained | CPU seconds | old tools: exact | new tools: exact | rows to 50 % | rows to 90 % |
@@ -128,7 +130,7 @@ def write_report(found: dict[str, Any], path: Path) -> None:
         if not of_way:
             continue
         last = [run["curve"][-1] for run in of_way]
-        held = {"batch 100 %": sum(RECORDS.values()), "batch 50 %": sum(RECORDS.values()) // 2, WAYS[4]: 0}
+        held = {"batch 100 %": sum(RECORDS.values()), "batch 50 %": sum(RECORDS.values()) // 2, WAYS[-1]: 0}
         until = [[adapted(run, share * best[run["seed"]]) for run in of_way] for share in _SHARES]
         cells = [
             way,
@@ -141,6 +143,7 @@ def write_report(found: dict[str, Any], path: Path) -> None:
         ]
         rows.append("| " + " | ".join(cells) + " |")
     picture = path.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     plot(runs, picture)
     text = _TEXT.format(
         **found["versions"],

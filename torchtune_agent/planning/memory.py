@@ -34,6 +34,8 @@ FRAGMENTATION = 0.05
 # Trained tokens of a sequence whose logits are really gone through; beyond these, every chunk is like the one before.
 _MOST_TRAINED = 2048
 
+_FIRST, _BETWEEN, _LAST = "first", "between", "last"  # parts of a pass
+
 Build = Callable[[], TransformerDecoder]  # the model on the meta device, as the recipe builds it
 
 
@@ -45,7 +47,7 @@ class Memory:
     gradients: float
     optimizer: float
     gathered: float  # of other GPUs' shares, while they are used
-    activations: float  # and the loss head, and whatever else lives for a moment
+    activations: float  # and the loss head, and whatever else lives for a moment; beyond the room for gradients
 
     @property
     def total(self) -> float:
@@ -97,21 +99,25 @@ def memory_of(
     *,
     optimizer_ratio: float,
     num_gpus: int,
-    activations: float,
+    activations: "Activations",
 ) -> Memory:
     """Of one step; for `optimizer_ratio` and `activations` see the functions of these names."""
     dp = max(1, num_gpus // settings.tensor_parallel_dim)
     on_gpu = 0.0 if settings.fsdp_cpu_offload else 1.0
-    in_backward = sizes.largest_trained_layer if settings.optimizer_in_bwd else sizes.trained
+    gradients = on_gpu * (sizes.largest_trained_layer if settings.optimizer_in_bwd else sizes.trained) / num_gpus
+    if settings.optimizer_in_bwd or settings.gradient_accumulation_steps > 1:  # as many from the beginning of a pass
+        beside = activations.at_most(0.0)
+    else:
+        beside = activations.at_most(on_gpu / num_gpus) - gradients
     # A layer is gathered while the one before it is used. Its gradient is whole until every rank has its share, of
     # which there is a copy in the order that sending takes. What is in no layer stays gathered through the step.
     gathered = 2 * sizes.largest_layer + sizes.outside_layers + 2 * sizes.largest_trained_layer
     return Memory(
         weights=on_gpu * sizes.weights / num_gpus,
-        gradients=on_gpu * in_backward / num_gpus,
+        gradients=gradients,
         optimizer=on_gpu * sizes.trained * optimizer_ratio / num_gpus,
         gathered=gathered / settings.tensor_parallel_dim if dp > 1 or settings.fsdp_cpu_offload else 0.0,
-        activations=activations,
+        activations=beside,
     )
 
 
@@ -133,22 +139,59 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def activations(build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float) -> float:
-    """Bytes of everything that lives for a part of a step; what memory_of calls activations."""
+Moments = list[tuple[float, float]]  # bytes that live, beside weights and whole gradients, and bytes of the latter
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What lives in a forward and a backward pass beside the weights.
+
+    The fullest moment comes before the backward pass has left the last layer, or after it has reached the first:
+    between them every layer gives back as much as the one before it, and makes gradients as large. Both moments grow
+    alike with every layer more, so two short models tell of a long one.
+    """
+
+    short: Mapping[str, Moments]
+    longer: Mapping[str, Moments]
+    times: float  # what the longer has more than the short one, in the model
+
+    def at_most(self, share: float) -> float:
+        """At the fullest moment, with `share` of the gradients that there are by then."""
+        found = []
+        for part in (_FIRST, _LAST):
+            short, longer = (
+                max((living + share * gradients for living, gradients in of[part]), default=0.0)
+                for of in (self.short, self.longer)
+            )
+            found.append(short + (longer - short) * self.times)
+        return max(found)
+
+
+def activations(
+    build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float
+) -> Activations:
+    """What memory_of calls so."""
     unit = settings.ac_option or 1 if settings.ac_mode == "selective" else 1
     layers = list(build().layers)
-    num_layers = len(layers)
     alike = len({tuple(p.shape for p in layer.parameters()) for layer in layers}) == 1
-    if num_layers <= 3 * unit or not alike:
-        return _peak(build, objective, settings, sequence, share_trained, num_layers)
-    short, longer = (_peak(build, objective, settings, sequence, share_trained, n * unit) for n in (2, 3))
-    return short + (longer - short) * (num_layers / unit - 2)
+
+    if len(layers) <= 3 * unit or not alike:
+        whole = _pass(build, objective, settings, sequence, share_trained, len(layers), None)
+        return Activations(whole, whole, 0.0)
+    short, longer = (_pass(build, objective, settings, sequence, share_trained, n * unit, unit) for n in (2, 3))
+    return Activations(short, longer, len(layers) / unit - 2)
 
 
-def _peak(
-    build: Build, objective: Objective, settings: Settings, sequence: int, share_trained: float, num_layers: int
-) -> int:
-    """Bytes that live at most during a step of the model cut to some layers, beyond weights and gradients."""
+def _pass(
+    build: Build,
+    objective: Objective,
+    settings: Settings,
+    sequence: int,
+    share_trained: float,
+    num_layers: int,
+    unit: int | None,
+) -> Mapping[str, Moments]:
+    """Of the model cut to some layers; with a `unit` of layers that are alike the parts of the backward pass apart."""
     model = build()
     model.layers = nn.ModuleList(list(model.layers)[:num_layers])
     restored = _without_quantization(model)
@@ -156,6 +199,8 @@ def _peak(
     rows = round(sequence * share_trained)
     some = min(rows, _MOST_TRAINED)
     batch = _batch(settings.batch_size, sequence, some)
+    embedding = model.tok_embeddings.weight
+    later = settings.batch_size * (rows - some) * embedding.shape[1] * embedding.element_size()
     with FakeTensorMode() as fake, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what a CPU has no fast way for
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -164,15 +209,18 @@ def _peak(
                 module.rope_init()  # pyright: ignore
             if isinstance(module, RoutedFeedForward):
                 module.assume_balance = True
+        living = _Living([*model.parameters(), *model.buffers()])
         for parameter in model.parameters():
-            if parameter.requires_grad:  # gradients are reckoned
-                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(living.take_gradient)
+        if unit is not None:
+            for layer, part in {num_layers - unit - 1: _BETWEEN, unit - 1: _LAST}.items():
+                model.layers[layer].register_forward_hook(living.begin_at_backward(part))
         contents = {k: fake.from_tensor(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-        with _Living([*model.parameters(), *model.buffers()]) as living:
+        with living:
             objective(model, replace(batch, **contents), with_statistics=True).loss_sum.backward()
-    embedding = model.tok_embeddings.weight
-    later = settings.batch_size * (rows - some) * embedding.shape[1] * embedding.element_size()
-    return living.peak + restored + 2 * later  # what comes in and its gradient
+    more = restored + 2 * later  # what comes in and its gradient
+    return {part: [(most + more, gradients) for most, gradients in of] for part, of in living.moments.items()}
 
 
 def _without_quantization(model: nn.Module) -> int:
@@ -199,8 +247,36 @@ class _Living(TorchDispatchMode):
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.gradients = 0
+        self.moments: dict[str, Moments] = {_FIRST: [(0, 0)], _BETWEEN: [], _LAST: []}
+        self._part = _FIRST
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    @property
+    def peak(self) -> float:
+        """Without gradients."""
+        return max(living for of in self.moments.values() for living, _ in of)
+
+    def take_gradient(self, parameter: torch.Tensor) -> None:
+        """It is whole: from here on it is counted apart."""
+        assert parameter.grad is not None
+        size = _stored_bytes(parameter.grad)
+        parameter.grad = None
+        self.gradients += size
+        self.moments[self._part].append((self.now - size, self.gradients))  # autograd holds it a little longer
+
+    def begin_at_backward(self, part: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        """A forward hook: when the backward pass comes to the module, `part` of it begins."""
+
+        def begin(_: torch.Tensor) -> None:
+            self._part = part
+            self.moments[part].append((self.now, self.gradients))
+
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(begin)
+
+        return hook
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -215,7 +291,8 @@ class _Living(TorchDispatchMode):
         self._seen.add(storage)
         size = storage.nbytes()
         self.now += size
-        self.peak = max(self.peak, self.now)
+        most, gradients = self.moments[self._part][-1]
+        self.moments[self._part][-1] = (max(most, self.now), gradients)
         weakref.finalize(storage, self._drop, size)
 
     def _drop(self, size: int) -> None:

@@ -20,6 +20,7 @@ from torchtune_agent.errors import UserError, did_you_mean
 from torchtune_agent.planning.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
+    Activations,
     Memory,
     Sizes,
     activations,
@@ -70,7 +71,7 @@ class Case:
     sequence: int
     share_trained: float
     sizes: Sizes
-    _activations: dict[Any, float] = field(default_factory=dict)  # those reckoned so far
+    _activations: dict[Any, Activations] = field(default_factory=dict)  # those reckoned so far
 
     def memory(self, **changes: Any) -> Memory:
         """As configured, or with other `settings`, another `optimizer`, with an `adapter` or other `num_gpus`."""

@@ -115,7 +115,7 @@ def test_layers_with_experts_take_what_was_planned(dtype: str, plain_layers: lis
         with training.set_default_dtype(settings.torch_dtype), torch.device("meta"):
             return hf_model(str(tmp_path))
 
-    expected = memory.activations(build, CrossEntropy(), settings, 64, 0.5)
+    expected = memory.activations(build, CrossEntropy(), settings, 64, 0.5).at_most(0.0)
     model = build().to_empty(device="cpu")
     for module in model.modules():
         if hasattr(module, "rope_init"):
