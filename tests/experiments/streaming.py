@@ -105,8 +105,8 @@ rate and its meaning of exact. `batch 100 %` waits until all are there and train
 `batch 50 %` does so with a random half. A stream (`agent_replay_distributed`, `tiny/agent_stream`) sees every record
 once, when it comes, and keeps 1,000: five of six rows are replayed, so that it trains as many rows as the whole batch.
 `reservoir` keeps all equally likely; `prioritized` draws what has a high loss; `ssis`, the stream with a coreset, keeps
-what its scores say is worth it; `no replay` trains every record once and keeps none. Values are means over {seeds} seeds, ± the standard deviation
-between them.
+what its scores say is worth it; `no replay` trains every record once and keeps none. Values are means over {seeds}
+seeds, ± the standard deviation between them.
 
 | | records held | rows trained | CPU seconds | old tools: exact | new tools: exact | rows to 50 % | rows to 90 % |
 | --- | --- | --- | --- | --- | --- | --- | --- |
