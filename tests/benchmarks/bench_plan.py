@@ -51,7 +51,7 @@ CASES: dict[str, list[str]] = {
 def config_of(folder: Path, overrides: list[str], *, quick: bool) -> DictConfig:
     """Two steps of a decoder whose output is large for its size, as those of real models are; all samples are alike."""
     sample = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "yes " * 300}]}
-    (folder / "data.jsonl").write_text("\n".join([json.dumps(sample)] * 8))
+    (folder / "data.jsonl").write_text("\n".join([json.dumps(sample)] * 16))
     base: Any = OmegaConf.load(config_path("tiny/agent_sft"))
     for key in ("dataset_val", "run_val_every_n_steps", "batch_size_val"):
         del base[key]
