@@ -26,7 +26,15 @@ from tests.experiments.continual import EPOCHS, ROWS, TWO, dataset_at, train, ve
 OLD, NEW = (phase.name for phase in TWO.phases)
 RECORDS = {phase.name: phase.num_train for phase in TWO.phases}
 STEPS = EPOCHS * sum(RECORDS.values()) // ROWS
-WAYS = ("batch 100 %", "batch 50 %", "stream, reservoir", "stream, prioritized", "stream, ssis", "stream, no replay")
+WAYS = (
+    "batch 100 %",
+    "batch 50 %",
+    "stream, reservoir",
+    "stream, recent",
+    "stream, prioritized",
+    "stream, ssis",
+    "stream, no replay",
+)
 _MEASURED_EVERY = 25  # steps
 _SHARES = (0.5, 0.9)  # of what batch 100 % knows of the new tools
 
@@ -74,7 +82,7 @@ def run(way: str, seed: int, folder: Path, data: Path) -> dict[str, Any]:
         else:
             config, recipe = "tiny/agent_stream", "agent_replay_distributed"
             strategy = {"stream, no replay": "finetune", "stream, ssis": "ssis"}.get(way, "replay")
-            keeps = "prioritized" if way == "stream, prioritized" else "reservoir"
+            keeps = way.removeprefix("stream, ") if strategy == "replay" else "reservoir"
             overrides = [
                 f"arrivals={{path: {arrived}, max_steps: {STEPS}, patience_seconds: 1, idle_seconds: 3}}",
                 f"continual={{strategy: {strategy}, selection_strategy: {keeps}, buffer_size: 1000, "

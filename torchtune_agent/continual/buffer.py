@@ -17,7 +17,7 @@ import torch
 
 from torchtune_agent.continual.drawing import ByClassLoss, ByGroup, ByImportance, Drawing, Evenly
 from torchtune_agent.continual.held import NUM_CLASSES, Arrival, Held, random_key
-from torchtune_agent.continual.keeping import AboveMean, Keeping, Uniform
+from torchtune_agent.continual.keeping import AboveMean, Keeping, Recent, Uniform
 from torchtune_agent.continual.records import Records, decode, encode
 from torchtune_agent.errors import UserError, did_you_mean
 
@@ -35,6 +35,7 @@ class Strategy:
 
 STRATEGIES: dict[str, Strategy] = {
     "reservoir": Strategy(lambda held, seed, _: Uniform(held, seed), Evenly),
+    "recent": Strategy(lambda held, *_: Recent(held), Evenly),
     "prioritized": Strategy(lambda held, seed, _: Uniform(held, seed), ByImportance),
     "tool_balanced": Strategy(lambda held, seed, _: Uniform(held, seed, by_group=True), ByGroup, "tools"),
     "class_loss": Strategy(lambda held, seed, _: Uniform(held, seed), ByClassLoss, "class_shares"),

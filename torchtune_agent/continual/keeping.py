@@ -5,6 +5,7 @@ the same stream keep the same samples without a word between them.
 """
 
 import heapq
+from collections import deque
 from typing import Any, Protocol
 
 from torchtune_agent.continual.held import Arrival, Held, random_key
@@ -99,6 +100,32 @@ class Uniform:
         for slot in self._held.slots.tolist():
             self.added(slot)
         self._limits = {group: int(limit) for group, limit in state["limits"].items()}
+
+
+class Recent:
+    """The last samples of the stream."""
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self._slots: deque[int] = deque()  # the oldest first
+
+    def wants(self, arrival: Arrival) -> bool:
+        return True
+
+    def added(self, slot: int) -> None:
+        self._slots.append(slot)
+
+    def evict(self) -> int:
+        return self._slots.popleft()
+
+    def changed(self, slot: int) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._slots = deque(sorted(self._held.slots.tolist(), key=lambda slot: self._held.numbers[slot]))
 
 
 class AboveMean:

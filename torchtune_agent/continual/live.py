@@ -108,17 +108,22 @@ class LiveSource:
         """Those of a step; none where the stream has ended."""
         room = self.rows_per_step
         ratio = self._ratio()
-        new = self._arrived(room - (int(self._owed + room * ratio) if len(self._buffer) else 0))
+        wanted = room - (int(self._owed + room * ratio) if len(self._buffer) else 0)
+        new = self._arrived(wanted)
         rows: list[list[Pick]] = []
-        while new and len(rows) < room:
-            self._owed += ratio
-            is_due, self._owed = self._owed >= 1, self._owed % 1
-            if is_due and len(self._buffer):
+        if wanted and not new:
+            return rows
+        while len(rows) < room:
+            owed = self._owed + ratio
+            if owed >= 1 and len(self._buffer):
                 rows.append([self._drawn()])
-            else:
+            elif new:
                 sample = new.pop(0)
                 self._offer(sample)
                 rows.append([Pick(sample)])
+            else:  # fewer came than were wanted
+                break
+            self._owed = owed % 1
             self._num_rows += 1
         self._waiting = new
         return rows

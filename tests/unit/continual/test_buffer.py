@@ -132,6 +132,20 @@ def test_a_sample_nothing_is_known_of_is_as_important_as_the_most_important_so_f
     assert abs(got.count("None") - got.count("3.0")) < 4.5 * 4000**0.5
 
 
+def test_recent_keeps_the_last_of_the_stream_also_when_it_is_loaded() -> None:
+    buffers = [ReplayBuffer(7, strategy="recent", seed=3) for _ in range(2)]
+    for number in range(50):
+        buffers[0].offer(number)
+    assert sorted(buffers[0].samples()) == list(range(43, 50))
+    buffers[1].load_state_dict(buffers[0].state_dict())
+    for buffer in buffers:
+        for number in range(50, 53):
+            buffer.offer(number)
+        assert sorted(buffer.samples()) == list(range(46, 53))
+    drawn = [buffers[1].draw(1, key=[i]).samples[0] for i in range(7000)]
+    assert all(abs(drawn.count(number) - 1000) < 5 * 1000**0.5 for number in range(46, 53))
+
+
 def test_tool_balanced_keeps_rare_tools_whole_and_draws_tools_alike() -> None:
     buffer = ReplayBuffer(40, strategy="tool_balanced", seed=2)
     rng = np.random.default_rng(0)
