@@ -108,7 +108,7 @@ def memory_of(
     if settings.optimizer_in_bwd or settings.gradient_accumulation_steps > 1:  # as many from the beginning of a pass
         beside = activations.at_most(0.0)
     else:
-        beside = activations.at_most(on_gpu / num_gpus) - gradients
+        beside = max(0.0, activations.at_most(on_gpu / num_gpus) - gradients)
     # A layer is gathered while the one before it is used. Its gradient is whole until every rank has its share, of
     # which there is a copy in the order that sending takes. What is in no layer stays gathered through the step.
     gathered = 2 * sizes.largest_layer + sizes.outside_layers + 2 * sizes.largest_trained_layer

@@ -22,7 +22,7 @@ from torchtune_agent.models.adapted import adapted, check_blocks
 from torchtune_agent.models.adapter import PARTS, AdapterSettings, is_meant
 from torchtune_agent.models.adapter_weights import AdaptedWeights, merge_adapters
 from torchtune_agent.models.checkpointer import HFCheckpointer
-from torchtune_agent.models.experts import idle_weights
+from torchtune_agent.models.experts import ExpertStacks, idle_weights
 from torchtune_agent.models.peft_format import save_peft
 from torchtune_agent.training.parameters import FullParameters, ParameterSetup
 from torchtune_agent.training.settings import Settings
@@ -148,13 +148,16 @@ def train_whole(model: TransformerDecoder, patterns: Sequence[str]) -> None:
     own = {
         name: module
         for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
+        if next(module.parameters(recurse=False), None) is not None and not isinstance(module, ExpertStacks)
     }
     for pattern in patterns:
         names = [name for name in own if is_meant(name, [pattern])]
         if not names:
-            tied = "" if "output" in own else " Its output is tied to the embedding: name embed_tokens for both."
-            raise UserError(f"adapter.modules_to_save: {pattern}: the model has no such module with weights.{tied}")
+            raise UserError(
+                f"adapter.modules_to_save: {pattern}: the model has no such module with weights."
+                + ("" if "output" in own else " Its output is tied to the embedding: name embed_tokens for both.")
+                + (" Experts stay frozen: peft has no format for them." if any(idle_weights(model)) else "")
+            )
         adapted_one = next((name for name in names if any(each.startswith(f"{name}.") for each in adapters)), None)
         if adapted_one is not None:
             raise UserError(

@@ -240,6 +240,9 @@ def test_modules_that_cannot_be_trained_whole_are_named(tmp_path: Path) -> None:
         train_whole(model, ["lm_head"])
     with pytest.raises(UserError, match="layers.0.attn.q_proj has an adapter"):
         train_whole(model, ["q_proj"])
+    save_random(tmp_path / "experts", *CASES["qwen3_moe"])
+    with pytest.raises(UserError, match="Experts stay frozen"):
+        train_whole(empty(tmp_path / "experts"), ["experts"])
 
 
 @pytest.mark.parametrize(
