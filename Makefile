@@ -3,8 +3,9 @@
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# One file stays in one worker, so that its module fixtures (a built wheel, a trained checkpoint) are made once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# One file stays in one worker, so that its module fixtures (a built wheel, a trained checkpoint) are made once. Files go
+# in their order, the slow ones of whole runs first: workers then end together.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help quickstart test lint bench chaos experiment-coreset experiment-continual experiment-streaming clean
 

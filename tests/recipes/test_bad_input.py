@@ -113,10 +113,9 @@ def test_bad_setting_is_refused_before_the_first_step(case: str, refused) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["not JSON", "fewer conversations than a step"])
-def test_two_ranks_say_a_bad_file_once(case: str, tmp_path: Path) -> None:
-    result = tune.train(*file_overrides(case, tmp_path), cwd=tmp_path)
-    assert_said_once(result.returncode, result.stderr, FILES[case][2])
+def test_two_ranks_say_a_bad_file_once(tmp_path: Path) -> None:
+    result = tune.train(*file_overrides("not JSON", tmp_path), cwd=tmp_path)
+    assert_said_once(result.returncode, result.stderr, FILES["not JSON"][2])
 
 
 @pytest.mark.distributed
