@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,30 +87,35 @@ def file_overrides(case: str, folder: Path) -> tuple[str, ...]:
     return (*tune.FROM_FILE, f"dataset.data_files={data}", *overrides)
 
 
-@pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the recipe in this process and checks that it refuses, once, with all the phrases."""
+RunRecipe = Callable[..., tuple[int, str]]
 
-    def run_and_check(overrides: tuple[str, ...], phrases: tuple[str, ...]) -> None:
+
+@pytest.fixture
+def run_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunRecipe:
+    """Runs the recipe in this process; gives its exit code and what it wrote to stderr."""
+
+    def run(*overrides: str) -> tuple[int, str]:
         output = f"output_dir={tmp_path / 'out'}"
         arguments = ["--config", str(config_path("tiny/agent_sft")), output, *overrides]
         monkeypatch.setattr(sys, "argv", [str(recipe_path("agent_sft_distributed")), *arguments])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(sys.argv[0], run_name="__main__")
-        assert_said_once(ended.value.code, capsys.readouterr().err, phrases)  # pyright: ignore
+        return int(ended.value.code or 0), capsys.readouterr().err
 
-    return run_and_check
+    return run
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_bad_file_is_refused_before_the_first_step(case: str, tmp_path: Path, refused) -> None:
-    refused(file_overrides(case, tmp_path), FILES[case][2])
+def test_bad_file_is_refused_before_the_first_step(case: str, tmp_path: Path, run_recipe: RunRecipe) -> None:
+    code, stderr = run_recipe(*file_overrides(case, tmp_path))
+    assert_said_once(code, stderr, FILES[case][2])
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_bad_setting_is_refused_before_the_first_step(case: str, refused) -> None:
+def test_bad_setting_is_refused_before_the_first_step(case: str, run_recipe: RunRecipe) -> None:
     overrides, phrases = SETTINGS[case]
-    refused((*tune.SMALL, *overrides), phrases)
+    code, stderr = run_recipe(*tune.SMALL, *overrides)
+    assert_said_once(code, stderr, phrases)
 
 
 @pytest.mark.distributed

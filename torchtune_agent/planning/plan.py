@@ -206,7 +206,7 @@ def _memory_lines(memory: Memory, case: Case) -> Iterator[str]:
         "gradients": "a share of them",
         "optimizer": str(case.cfg.optimizer["_component_"]),
         "gathered": "two layers, what is in no layer, gradients on their way",
-        "activations": f"{rows} x {case.sequence:,} tokens, with the loss head",
+        "activations": f"{rows} x {case.sequence:,} tokens, with the loss head; what the gradients' room does not hold",
     }
     yield "memory        of each GPU, at the fullest moment of a step, GiB"
     for name, note in what.items():
